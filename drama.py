@@ -1,0 +1,1578 @@
+"""Drama in one file: a Mamba-2 world model learns a game, an actor-critic learns inside its dreams.
+
+    python drama.py --game GridWorld --steps 10000    a result in minutes on a laptop
+    python drama.py --game Pong                       train on Atari; run it again to continue
+    python drama.py --game Pong --eval 20             play 20 episodes from the checkpoint
+    python drama.py --help                            every setting, one line each
+
+A discrete VAE turns frames into latents; Mamba-2, as the chunked scan of state space duality, predicts
+the next latent, the reward and the end; actor and critic learn on predicted futures alone; dynamic
+frequency-based sampling (DFS) chooses what to train on and where to dream from.
+
+Sources: [1] Drama, arXiv 2410.08893v4. [2] Mamba-2/SSD, arXiv 2405.21060. [3] Mamba, arXiv 2312.00752.
+[4] DreamerV3, arXiv 2301.04104. [5] STORM, arXiv 2310.09615. [6] SimPLe, arXiv 1903.00374.
+
+    code          paper    shape                 meaning
+    frame         o_t      (b, l, H, W, 3)       what the player sees, uint8
+    z             z_t      (b, l, K, C)          latent: K categoricals of C classes, one-hot
+    action        a_t      (b, l)                index into the game's minimal action set
+    reward        r_t      (b, l)                follows a_t
+    terminated    e_t      (b, l)                1 where a_t ended the game or cost a life
+    first                  (b, l)                1 where o_t opens an episode
+    d             d_t      (b, l, d_model)       the sequence model's output after (z_t, a_t)
+    state         h_t      (b, h, p, n)          the state space model's memory
+    v, b                   (rows,)               DFS: times trained on, times dreamt from
+
+Left out: other world models, continuous actions, several training environments, data parallelism.
+NOTE(k) marks a departure from the paper or the published code; the README lists them.
+"""
+
+import argparse
+import copy
+import csv
+import ctypes
+import dataclasses
+import difflib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import ale_py
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ---- 1 Config -----------------------------------------------------------------------------------
+
+
+class Refusal(Exception):
+    """What the user has to mend: one line on stderr, then exit code `code`."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
+def opt(default, text: str, low=None, high=None, choices=None):
+    """A Config field: default of preset `paper`, the line for --help, and what values are allowed."""
+    return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting. The defaults are preset `paper`, the figures of [1]; PRESETS holds the others."""
+
+    game: str = opt("Pong", "a game of ALE, such as Pong, or GridWorld")
+    preset: str = opt("auto", "sizes and rates; auto: paper on CUDA, laptop elsewhere",
+                      choices=("auto", "paper", "laptop", "tiny"))
+    steps: int = opt(100_000, "environment steps in all; an Atari step is 4 frames", 1, 100_000_000)
+    seed: int = opt(0, "seed of every random generator", 0, 2**31 - 1)
+    device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
+    out: str = opt("", "run folder; empty: runs/<game>-<seed>")
+    eval: int = opt(0, "play this many episodes from the checkpoint instead of training", 0, 100_000)
+    eval_envs: int = opt(4, "environments that play at once in --eval", 1, 256)
+    # frames and latents
+    image_size: int = opt(64, "height and width of a frame", 8, 256)
+    cnn_width: int = opt(16, "channels of the first convolution, times 1, 2, 3, 4, 4", 1, 512)
+    first_stride: int = opt(1, "stride of the first convolution; the others have 2", 1, 4)
+    categoricals: int = opt(32, "K: categoricals in a latent", 1, 256)
+    classes: int = opt(32, "C: classes of a categorical", 2, 256)
+    unimix: float = opt(0.01, "share of the uniform distribution in every categorical", 0.0, 0.5)
+    # sequence model and heads
+    d_model: int = opt(512, "width of the sequence model", 1, 8192)
+    layers: int = opt(2, "Mamba-2 layers", 1, 64)
+    d_state: int = opt(16, "n: state size of a channel", 1, 1024)
+    d_conv: int = opt(4, "taps of the causal convolution", 1, 16)
+    expand: int = opt(2, "inner width over d_model", 1, 8)
+    headdim: int = opt(64, "p: channels of an SSM head", 1, 1024)
+    chunk_size: int = opt(32, "tokens in a chunk of the scan", 1, 4096)
+    dropout: float = opt(0.1, "dropout on each Mamba-2 layer's output", 0.0, 0.9)
+    head_units: int = opt(256, "hidden units of the reward and termination heads", 1, 8192)
+    bins: int = opt(255, "two-hot bins of rewards and values", 3, 4095)
+    bin_limit: float = opt(20.0, "largest symlog value in the bins", 1.0, 50.0)
+    # world model training
+    batch_size: int = opt(16, "sequences in an update", 1, 4096)
+    batch_length: int = opt(128, "frames in a sequence", 2, 65536)
+    warmup: int = opt(1032, "random steps before learning starts", 1, 10_000_000)
+    train_every: int = opt(1, "environment steps between updates", 1, 100_000)
+    free_bits: float = opt(1.0, "KL below this is not trained on, in nats", 0.0, 1000.0)
+    representation_scale: float = opt(0.1, "weight of KL[post || sg(prior)]", 0.0, 100.0)
+    model_lr: float = opt(1e-4, "world model: learning rate", 1e-8, 1.0)
+    model_clip: float = opt(1000.0, "world model: largest gradient norm", 1e-3, 1e9)
+    weight_decay: float = opt(1e-4, "world model: weight decay of matrices and kernels", 0.0, 1.0)
+    lr_warmup: int = opt(1000, "updates of linear learning-rate warm-up", 1, 10_000_000)
+    sampler: str = opt("dfs", "what to train on and dream from", choices=("dfs", "uniform"))
+    temperature: float = opt(10.0, "DFS: temperature of the softmax over counts", 1e-3, 1e9)
+    # dreams, actor, critic
+    dreams: int = opt(1024, "dreams in an update", 1, 65536)
+    context: int = opt(8, "real frames that a dream starts from", 2, 1024)
+    horizon: int = opt(16, "steps of a dream", 1, 1024)
+    stored_latents: bool = opt(False, "contexts from latents kept at a frame's last encoding")
+    actor_units: int = opt(256, "actor: hidden units", 1, 8192)
+    critic_units: int = opt(512, "critic: hidden units", 1, 8192)
+    hidden_layers: int = opt(3, "actor and critic: hidden layers", 1, 16)
+    gamma: float = opt(0.985, "discount of a step", 0.0, 1.0)
+    lam: float = opt(0.95, "lambda of the lambda-return", 0.0, 1.0)
+    entropy: float = opt(3e-4, "weight of the policy's entropy", 0.0, 10.0)
+    return_decay: float = opt(0.99, "EMA of the returns' 5-95 percentile range", 0.0, 1.0)
+    slow_decay: float = opt(0.98, "EMA of the slow critic's weights", 0.0, 1.0)
+    actor_lr: float = opt(3e-5, "actor and critic: learning rate", 1e-8, 1.0)
+    actor_eps: float = opt(1e-5, "actor and critic: Adam's epsilon", 1e-12, 1.0)
+    actor_clip: float = opt(100.0, "actor and critic: largest gradient norm", 1e-3, 1e9)
+    act_context: int = opt(16, "steps from which acting rebuilds its state; 0: carry it on", 0, 1024)
+    # machine, keeping, showing
+    precision: str = opt("auto", "auto: bfloat16 on CUDA, on a CPU only where it measures faster",
+                         choices=("auto", "float32", "bfloat16"))
+    compile: str = opt("auto", "torch.compile for the scan; auto: on CUDA",
+                       choices=("auto", "on", "off"))
+    log_every: int = opt(100, "environment steps between rows of metrics.csv", 1, 1_000_000)
+    save_every: float = opt(120.0, "seconds between checkpoints", 0.0, 1e6)
+    draw_every: float = opt(300.0, "seconds between pictures", 0.0, 1e9)
+    picture_steps: int = opt(40, "dreamt frames in the pictures", 1, 1000)
+
+    @property
+    def cnn(self) -> list[tuple[int, int]]:
+        """(channels, stride) of each convolution, from image_size down to a 4x4 map."""
+        size, stages = self.image_size // self.first_stride, [(self.cnn_width, self.first_stride)]
+        for multiple in CNN_MULTIPLES[1:]:
+            if size > CNN_MAP:
+                stages.append((self.cnn_width * multiple, 2))
+                size //= 2
+        return stages
+
+    @property
+    def d_z(self) -> int:
+        """K C: numbers in a flat latent."""
+        return self.categoricals * self.classes
+
+    @property
+    def d_feature(self) -> int:
+        """Width of [z_t, d_{t-1}], which actor and critic read."""
+        return self.d_z + self.d_model
+
+    @property
+    def dreams_per_sequence(self) -> float:
+        """s of the DFS formula: dreams an update over sequences an update."""
+        return self.dreams / self.batch_size
+
+
+CNN_MULTIPLES, CNN_MAP, CNN_KERNEL = (1, 2, 3, 4, 4), 4, 5
+ANYTIME = {"steps", "device", "out", "eval", "eval_envs", "compile", "save_every", "draw_every"}
+PRESETS = {
+    "paper": {},
+    "laptop": dict(
+        cnn_width=32, first_stride=4, categoricals=16, classes=16, d_model=256, head_units=128,
+        batch_length=32, train_every=4, dreams=96, horizon=15, stored_latents=True, critic_units=256,
+        hidden_layers=2, model_lr=4e-4, actor_lr=1e-4, entropy=1e-3, lr_warmup=100),
+    "tiny": dict(
+        image_size=16, cnn_width=4, first_stride=2, categoricals=4, classes=6, d_model=16, headdim=8,
+        d_state=4, chunk_size=4, head_units=16, bins=41, batch_size=3, batch_length=10, warmup=40,
+        train_every=8, dreams=7, context=4, horizon=5, stored_latents=True, actor_units=16,
+        critic_units=16, hidden_layers=1, lr_warmup=10, log_every=20, picture_steps=12),
+}
+
+
+def validate(cfg: Config) -> None:
+    """Raise Refusal where a value is out of its range or two values do not fit together."""
+    for f in dataclasses.fields(cfg):
+        value, m = getattr(cfg, f.name), f.metadata
+        if m["choices"] and value not in m["choices"]:
+            raise Refusal(f"--{f.name} {value}: choose from {', '.join(m['choices'])}")
+        if m["low"] is not None and not m["low"] <= value <= m["high"]:
+            raise Refusal(f"--{f.name} {value}: must lie from {m['low']} to {m['high']}")
+    size = cfg.image_size // cfg.first_stride // 2 ** (len(cfg.cnn) - 1)
+    if size != CNN_MAP or cfg.image_size % (cfg.first_stride * 2 ** (len(cfg.cnn) - 1)):
+        raise Refusal(f"--image_size {cfg.image_size} --first_stride {cfg.first_stride}: the size over the "
+                      f"stride must be 4, 8, 16, 32 or 64")
+    if cfg.expand * cfg.d_model % cfg.headdim:
+        raise Refusal(f"--headdim {cfg.headdim}: does not divide expand * d_model = "
+                      f"{cfg.expand * cfg.d_model}")
+    shortest = max(cfg.batch_size + cfg.batch_length, cfg.context)
+    if cfg.warmup < shortest:
+        raise Refusal(f"--warmup {cfg.warmup}: a first update needs {shortest} steps (batch_size + "
+                      f"batch_length); raise --warmup or lower those")
+
+
+# ---- 2 Environments -----------------------------------------------------------------------------
+
+# Atari 100k, mean scores: random and human as in [6]; DramaXS [1], DreamerV3 [4] and STORM [5] as published.
+COLUMNS = ("random", "human", "Drama", "DreamerV3", "STORM")
+SCORES = {row.split()[0]: dict(zip(COLUMNS, map(float, row.split()[1:]))) for row in re.split(r"[|\n]", """\
+    Alien 227.8 7127.7 820 978.4 983.6            | Amidar 5.8 1719.5 131 94.3 204.8
+    Assault 222.4 742 539 629.8 801               | Asterix 210 8503.3 1632 955.3 1028
+    BankHeist 14.2 753.1 137 320.5 641.2          | BattleZone 2360 37187.5 10860 18335.7 13540
+    Boxing 0.1 12.1 78 79.4 79.7                  | Breakout 1.7 30.5 7 9 15.9
+    ChopperCommand 811 7387.8 1642 1639 1888      | CrazyClimber 10780.5 35829.4 83931 76583.3 66776
+    DemonAttack 152.1 1971 201 369.2 164.6        | Freeway 0 29.6 15 0 0
+    Frostbite 65.2 4334.7 785 3036.4 1316         | Gopher 257.6 2412.5 2757 2321.6 8239.6
+    Hero 1027 30826.4 7946 13344.3 11044.3        | Jamesbond 29 302.8 372 524.2 509
+    Kangaroo 52 3035 1384 2996.1 4208             | Krull 1598 2665.5 9693 7683.5 8412.6
+    KungFuMaster 258.5 22736.3 23920 23301.7 26182| MsPacman 307.3 6951.6 2270 1525.8 2673.5
+    Pong -20.7 14.6 15 -4.2 11.3                  | PrivateEye 24.9 69571.3 90 3086.7 7781
+    Qbert 163.9 13455 796 2066.1 4522.5           | RoadRunner 11.5 7845 14020 18196.9 17564
+    Seaquest 68.4 42054.7 497 815.5 525.2         | UpNDown 533.4 11693.2 7387 43777.6 7985""")}
+
+
+def rom_name(game: str) -> str:
+    """ALE's name of a game, MsPacman -> ms_pacman; Refusal with the nearest names if there is none."""
+    roms = {"".join(map(str.capitalize, rom.split("_"))): rom for rom in ale_py.roms.get_all_rom_ids()}
+    if game not in roms:
+        lower = {name.lower(): name for name in [*roms, "GridWorld"]}
+        near = [lower[n] for n in difflib.get_close_matches(game.lower(), lower, n=3, cutoff=0.4)]
+        raise Refusal(f"--game {game}: no such game" + f"; did you mean {', '.join(near)}?" * bool(near))
+    return roms[game]
+
+
+def make_env(game: str, num_envs: int, image_size: int) -> VectorEnv:
+    """A vector environment: frames (n, 1, H, W, 3) uint8, rewards and ends (n,), NEXT_STEP autoreset.
+
+    Atari follows [6]: frame skip 4, maximum of the last two frames, no sticky actions, the minimal
+    action set, raw rewards. A lost life shows as `terminated` (what is learnt), not as an end.
+    """
+    if game == "GridWorld":
+        return GridWorld(num_envs, image_size)
+    return ale_py.AtariVectorEnv(
+        rom_name(game), num_envs, img_height=image_size, img_width=image_size, grayscale=False,
+        stack_num=1, frameskip=4, maxpool=True, noop_max=30, repeat_action_probability=0.0,
+        full_action_space=False, episodic_life=False, life_loss_info=True, reward_clipping=False,
+        use_fire_reset=False)
+
+
+def episode_over(terminated: np.ndarray, truncated: np.ndarray, info: dict) -> np.ndarray:
+    """(n,) bool: game over or out of time, where `terminated` alone may be a lost life."""
+    return truncated | (terminated & (info["lives"] == 0))
+
+
+class GridWorld(VectorEnv):
+    """The grid world of [1]: 5x5, the outer 16 cells black walls, a red agent, a yellow goal.
+
+    Actions: up, down, left, right; a wall stops the agent. Reaching the goal gives reward 1 and places
+    both anew, on two different cells of the 3x3 middle. Episodes of 64 steps end by truncation.
+    """
+
+    SIDE, STEPS, MOVES = 3, 64, ((-1, 0), (1, 0), (0, -1), (0, 1))
+    WALL, FLOOR, AGENT, GOAL = (0, 0, 0), (160, 160, 160), (255, 0, 0), (255, 255, 0)
+
+    def __init__(self, num_envs: int, image_size: int):
+        self.num_envs, self.size = num_envs, image_size
+        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+        self.single_observation_space = Box(0, 255, (1, image_size, image_size, 3), np.uint8)
+        self.single_action_space = Discrete(len(self.MOVES))
+
+    def _place(self, i: int) -> None:
+        cells = self.SIDE**2
+        agent, goal = self.np_random.choice(cells, 2, replace=False)
+        self.agent[i], self.goal[i] = divmod(agent, self.SIDE), divmod(goal, self.SIDE)
+
+    def _frames(self) -> np.ndarray:
+        grid = np.full((self.num_envs, self.SIDE + 2, self.SIDE + 2, 3), self.WALL, np.uint8)
+        grid[:, 1:-1, 1:-1] = self.FLOOR
+        for cells, colour in ((self.goal, self.GOAL), (self.agent, self.AGENT)):
+            grid[np.arange(self.num_envs), cells[:, 0] + 1, cells[:, 1] + 1] = colour
+        pixel = np.arange(self.size) * grid.shape[1] // self.size
+        return grid[:, None, pixel][:, :, :, pixel]
+
+    def reset(self, *, seed=None, options=None):
+        """Start every episode -> (frames, info)."""
+        super().reset(seed=seed)
+        self.agent, self.goal = np.zeros((2, self.num_envs, 2), np.int64)
+        self.time = np.zeros(self.num_envs, np.int64)
+        for i in range(self.num_envs):
+            self._place(i)
+        return self._frames(), {"lives": np.zeros(self.num_envs, np.int64)}
+
+    def step(self, actions):
+        """One step; the step after an end ignores the action and returns the next episode's frame."""
+        reward = np.zeros(self.num_envs, np.int64)
+        for i, action in enumerate(actions):
+            if self.time[i] == self.STEPS:
+                self.time[i] = 0
+                self._place(i)
+                continue
+            self.time[i] += 1
+            self.agent[i] = np.clip(self.agent[i] + self.MOVES[action], 0, self.SIDE - 1)
+            if (self.agent[i] == self.goal[i]).all():
+                reward[i] = 1
+                self._place(i)
+        info = {"lives": np.zeros(self.num_envs, np.int64)}
+        return self._frames(), reward, np.zeros(self.num_envs, bool), self.time == self.STEPS, info
+
+    def state_dict(self) -> dict:
+        """All that the next step depends on: ALE's vector environment has no such thing."""
+        return dict(agent=self.agent.tolist(), goal=self.goal.tolist(), time=self.time.tolist(),
+                    rng=json.dumps(self.np_random.bit_generator.state))
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Go on from `state_dict`."""
+        self.agent, self.goal = np.array(saved["agent"]), np.array(saved["goal"])
+        self.time = np.array(saved["time"])
+        self.np_random.bit_generator.state = json.loads(saved["rng"])
+
+    @classmethod
+    def best_return(cls) -> float:
+        """Expected return of a perfect player: breadth-first search, then recursion over steps left."""
+        cells = [(y, x) for y in range(cls.SIDE) for x in range(cls.SIDE)]
+        distances = []
+        for goal in cells:
+            distance, queue = {goal: 0}, deque([goal])
+            while queue:
+                y, x = queue.popleft()
+                for near in ((y + dy, x + dx) for dy, dx in cls.MOVES):
+                    if near in cells and near not in distance:
+                        distance[near] = distance[y, x] + 1
+                        queue.append(near)
+            distances += [steps for cell, steps in distance.items() if cell != goal]
+        best = [0.0]  # best[t]: a fresh placement with t steps left
+        for t in range(1, cls.STEPS + 1):
+            best.append(sum(1 + best[t - s] for s in distances if s <= t) / len(distances))
+        return best[-1]
+
+
+# ---- 3 Replay and DFS ---------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Windows of the replay."""
+
+    rows: Tensor  # (b, l) int64
+    frame: Tensor  # (b, l, H, W, 3) uint8
+    action: Tensor  # (b, l) int64
+    reward: Tensor  # (b, l) float32
+    terminated: Tensor  # (b, l) float32
+    first: Tensor  # (b, l) bool
+
+
+def gumbel(like: Tensor) -> Tensor:
+    """Gumbel noise: argmax(logits + gumbel) draws from softmax(logits), top k without replacement."""
+    tiny = torch.finfo(torch.float32).tiny
+    return -torch.empty_like(like, dtype=torch.float32).exponential_().clamp_min(tiny).log()
+
+
+def dfs_sequence_logits(v: Tensor, temperature: float) -> Tensor:
+    """P(i) = softmax(-v_i / temperature): train on what was trained on least [1]."""
+    return -v / temperature
+
+
+def dfs_dream_logits(v: Tensor, b: Tensor, s: float, temperature: float) -> Tensor:
+    """P(i) = softmax(min(0, v_i - b_i / s) / temperature): hold back what was dreamt from more often
+    than it was trained on [1]."""
+    return (v - b / s).clamp(max=0) / temperature
+
+
+class Replay:
+    """All that was seen, one row an environment step, in the order of time; the frames lie in a file.
+
+        row        t             t+1           t+2
+        frame      o_t           o_t+1         o_t+2    the frame that a_t answers
+        action     a_t           a_t+1         a_t+2
+        reward     r_t           r_t+1         r_t+2    FOLLOWS a_t, as does terminated e_t
+        first      1             0             0        o_t opens an episode
+        predicted  z_t+1,r_t,e_t    z_t+2, …            from d_t = f(z_0,a_0 … z_t,a_t)
+
+    An episode's closing frame follows its last action, has no action of its own and gets no row; the
+    next row opens the next episode. Windows may cross that line: `first` clears the model's state there.
+    The buffer holds the whole run, so it has no seam.
+    """
+
+    COLUMNS = ("action", "reward", "terminated", "first", "latent", "v", "b")
+
+    def __init__(self, path: Path, cfg: Config, device: torch.device):
+        self.cfg, self.device, self.size = cfg, device, 0
+        rows, side = cfg.steps, cfg.image_size
+        self.frame = np.memmap(path, np.uint8, "r+", shape=(rows, side, side, 3))
+        self.action = torch.zeros(rows, dtype=torch.int64)
+        self.reward = torch.zeros(rows)
+        self.terminated = torch.zeros(rows, dtype=torch.bool)
+        self.first = torch.zeros(rows, dtype=torch.bool)
+        self.latent = torch.zeros(rows, cfg.categoricals, dtype=torch.uint8)  # classes, last encoding
+        self.v = torch.zeros(rows, dtype=torch.int32)
+        self.b = torch.zeros(rows, dtype=torch.int32)
+
+    def add(self, frame, action, reward, terminated, first, latent) -> None:
+        """Append one row: frame (H, W, 3) uint8, four numbers, latent (K,) classes."""
+        i = self.size
+        self.frame[i], self.action[i], self.reward[i] = frame, int(action), float(reward)
+        self.terminated[i], self.first[i], self.latent[i] = bool(terminated), bool(first), latent
+        self.size += 1
+
+    def _draw(self, k: int, length: int, logits) -> Tensor:
+        n = self.size - length + 1
+        i = torch.arange(n)
+        noisy = gumbel(i) + (logits(slice(0, n)) if self.cfg.sampler == "dfs" else 0)
+        return noisy.topk(min(k, n)).indices[:, None] + torch.arange(length)  # (k, length)
+
+    def draw_sequences(self) -> Tensor:
+        """Rows (b, l) for a world model update; no start twice; their starts' v grows by 1."""
+        rows = self._draw(self.cfg.batch_size, self.cfg.batch_length,
+                          lambda i: dfs_sequence_logits(self.v[i], self.cfg.temperature))
+        self.v[rows[:, 0]] += 1
+        return rows
+
+    def draw_contexts(self) -> Tensor:
+        """Rows (dreams, context) to dream from; no start twice; their starts' b grows by 1."""
+        s, temperature = self.cfg.dreams_per_sequence, self.cfg.temperature
+        rows = self._draw(self.cfg.dreams, self.cfg.context,
+                          lambda i: dfs_dream_logits(self.v[i], self.b[i], s, temperature))
+        self.b[rows[:, 0]] += 1
+        return rows
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The windows at rows (b, l), on the training device."""
+        columns = (torch.from_numpy(self.frame[rows.numpy()]), self.action[rows], self.reward[rows],
+                   self.terminated[rows].float(), self.first[rows])
+        return Batch(rows, *(column.to(self.device) for column in columns))
+
+    def state_dict(self) -> dict:
+        """The rows so far less the frames, which are flushed to their file."""
+        self.frame.flush()
+        return {name: getattr(self, name)[:self.size].clone() for name in self.COLUMNS}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Go on from `state_dict`; rows of the frame file past its count are not believed."""
+        self.size = len(saved["action"])
+        for name in self.COLUMNS:
+            getattr(self, name)[:self.size] = saved[name]
+
+
+# ---- 4 Small maths ------------------------------------------------------------------------------
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) ln(1 + |x|) [4]: squashes rewards and values of any scale."""
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x: Tensor) -> Tensor:
+    """The inverse of symlog."""
+    return x.sign() * x.abs().expm1()
+
+
+class TwoHot(nn.Module):
+    """Numbers as distributions over evenly spaced symlog bins [4]: x in raw units, logits (..., bins)."""
+
+    def __init__(self, bins: int, limit: float):
+        super().__init__()
+        self.register_buffer("centres", torch.linspace(-limit, limit, bins), persistent=False)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (...) -> (..., bins): weight on the two nearest bins so that the mean is symlog(x)."""
+        n, limit = len(self.centres), self.centres[-1]
+        position = (symlog(x).clamp(-limit, limit) + limit) / (2 * limit) * (n - 1)
+        low = position.floor().clamp(max=n - 2)
+        upper = (position - low)[..., None]
+        low = low.long()[..., None]
+        out = torch.zeros(*x.shape, n, device=x.device)
+        return out.scatter_(-1, low, 1 - upper).scatter_(-1, low + 1, upper)
+
+    def loss(self, logits: Tensor, x: Tensor) -> Tensor:
+        """Cross-entropy between two-hot x (...) and logits (..., bins) -> (...)."""
+        return -(self.encode(x) * logits.float().log_softmax(-1)).sum(-1)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """logits (..., bins) -> (...): symexp of the mean bin."""
+        return symexp((logits.float().softmax(-1) * self.centres).sum(-1))
+
+
+def unimix(logits: Tensor, share: float) -> Tensor:
+    """log((1 - share) softmax(logits) + share / C) over the last axis, the CLASSES."""
+    probs = logits.float().softmax(-1)
+    return ((1 - share) * probs + share / logits.shape[-1]).log()
+
+
+def draw_one_hot(logp: Tensor) -> Tensor:
+    """A one-hot sample of each categorical in logp (..., C)."""
+    return F.one_hot((logp + gumbel(logp)).argmax(-1), logp.shape[-1]).to(logp.dtype)
+
+
+def straight_through(logp: Tensor) -> Tensor:
+    """A one-hot sample whose gradient is that of the probabilities [4]."""
+    probs = logp.exp()
+    return draw_one_hot(logp) + probs - probs.detach()
+
+
+def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
+    """KL[p || q] of K independent categoricals, (..., K, C) -> (...), in nats."""
+    return (logp.exp() * (logp - logq)).sum((-2, -1))
+
+
+def free_bits(kl: Tensor, threshold: float) -> Tensor:
+    """max(threshold, KL): no gradient where the KL is below it [4]."""
+    return kl.clamp(min=threshold)
+
+
+def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
+    """R_t = r_t + gamma (1 - e_t) ((1 - lam) V_{t+1} + lam R_{t+1}), R_H = V_H [4].
+
+    reward, end (b, H); value (b, H+1) -> (b, H). NOTE(1): the published code has V_t for V_{t+1}.
+    Example: r = (1, 1), e = 0, V = (9, 2, 4), gamma = lam = 0.5: R_1 = 3, R_0 = 1 + 0.5 (1 + 1.5) = 2.25.
+    """
+    R, out = value[:, -1], []
+    for r, e, v in zip(*(x.unbind(1)[::-1] for x in (reward, end, value[:, 1:]))):
+        R = r + gamma * (1 - e) * ((1 - lam) * v + lam * R)
+        out.append(R)
+    return torch.stack(out[::-1], 1)
+
+
+# ---- 5 VAE --------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Sequential):
+    """Frames (n, 3, H, W) in 0..1 -> (n, 4*4*channels): strided convolutions down to a 4x4 map."""
+
+    def __init__(self, cfg: Config):
+        layers, channels = [], 3
+        for width, stride in cfg.cnn:
+            layers += [nn.Conv2d(channels, width, CNN_KERNEL, stride, CNN_KERNEL // 2),
+                       nn.BatchNorm2d(width), nn.SiLU()]
+            channels = width
+        super().__init__(*layers, nn.Flatten())
+
+
+class Decoder(nn.Sequential):
+    """Latents (n, K*C) -> frames (n, 3, H, W) in 0..1: the encoder's mirror."""
+
+    def __init__(self, cfg: Config):
+        widths, strides = zip(*cfg.cnn)
+        layers = [nn.Linear(cfg.d_z, widths[-1] * CNN_MAP**2),
+                  nn.Unflatten(1, (widths[-1], CNN_MAP, CNN_MAP)), nn.BatchNorm2d(widths[-1]), nn.SiLU()]
+        for i in reversed(range(len(widths))):
+            width = widths[i - 1] if i else 3
+            layers.append(nn.ConvTranspose2d(widths[i], width, CNN_KERNEL, strides[i], CNN_KERNEL // 2,
+                                             output_padding=strides[i] - 1))
+            layers += [nn.BatchNorm2d(width), nn.SiLU()] if i else [nn.Sigmoid()]
+        super().__init__(*layers)
+
+
+# ---- 6 Mamba-2 ----------------------------------------------------------------------------------
+
+
+def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T,  y_t = C_t^T h_t, as the chunked scan of [2], section 6.
+
+    x (b,l,h,p), dt (b,l,h) > 0, A (h,) < 0, B and C (b,l,n), state (b,h,p,n) or None for zeros, first
+    (b,l) bool or None: the state is cleared BEFORE that token. Returns y (b,l,h,p), without the D skip,
+    and the state after the last token. float32 at least, even under autocast; cost linear in l.
+    """
+    b, l, h, p = x.shape
+    n, q = B.shape[-1], min(chunk_size, l)
+    pad, c = -l % q, -(-l // q)  # padded tokens have dt = 0: decay 1, no input
+    with torch.autocast(x.device.type, enabled=False):
+        x, dt, A, B, C = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, dt, A, B, C))
+        if state is None:
+            state = x.new_zeros(b, h, p, n)
+        if first is None:
+            first = torch.zeros(b, l, dtype=torch.bool, device=x.device)
+        X = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, pad)).view(b, c, q, h, p).transpose(2, 3)
+        B, C = (F.pad(t, (0, 0, 0, pad)).view(b, c, 1, q, n) for t in (B, C))
+        S = F.pad(dt * A, (0, 0, 0, pad)).view(b, c, q, h).transpose(2, 3).cumsum(-1)  # (b,c,h,q) <= 0
+        segment = F.pad(first, (0, pad)).view(b, c, 1, q).cumsum(-1)  # resets since the chunk's start
+
+        # 1 inside a chunk: y_i = sum_{j<=i, same segment} (C_i . B_j) exp(S_i - S_j) dt_j x_j
+        same = (segment[..., :, None] == segment[..., None, :]).tril()  # (b,c,1,q,q)
+        decay = (S[..., :, None] - S[..., None, :]).masked_fill(~same, -torch.inf).exp()  # (b,c,h,q,q)
+        y = (C @ B.mT * decay) @ X  # (b,c,h,q,p)
+        # 2 what each chunk adds to the state by its end
+        to_end = (S[..., -1:] - S).exp() * (segment == segment[..., -1:])  # (b,c,h,q)
+        ends = (X * to_end[..., None]).mT @ B  # (b,c,h,p,n)
+        # 3 the recurrence over chunks; unbind, since indexing costs a full-size zero gradient a chunk
+        through = S[..., -1].exp() * (segment[..., -1] == 0)  # (b,c,h)
+        starts = []
+        for keep, end in zip(through.unbind(1), ends.unbind(1)):
+            starts.append(state)
+            state = keep[..., None, None] * state + end
+        # 4 from the state at each chunk's start to its outputs
+        from_start = S.exp() * (segment == 0)
+        y = y + (C @ torch.stack(starts, 1).mT) * from_start[..., None]
+        return y.transpose(2, 3).reshape(b, c * q, h, p)[:, :l], state
+
+
+def ssd_step(x, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
+    """One token of `ssd_scan`: x (b,h,p), dt (b,h), B and C (b,n) -> y (b,h,p) and a NEW state."""
+    with torch.autocast(x.device.type, enabled=False):
+        x, dt, A, B, C = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, dt, A, B, C))
+        kept = (dt * A).exp()[..., None, None] * state
+        state = torch.addcmul(kept, (dt[..., None] * x)[..., None], B[:, None, None])
+        return (state @ C[:, None, :, None]).squeeze(-1), state
+
+
+class Mamba2(nn.Module):
+    """The Mamba-2 layer [2]; parameter names and layouts are those of the official layer.
+
+    in_proj's rows are z, x, B, C, dt; z gates before the norm: RMSNorm(y * silu(z)).
+    """
+
+    scan = staticmethod(ssd_scan)  # choose_scan may put the compiled one here
+
+    def __init__(self, d_model, d_state, d_conv, expand, headdim, chunk_size):
+        super().__init__()
+        self.d_inner, self.headdim, self.chunk_size = expand * d_model, headdim, chunk_size
+        self.d_state, self.d_conv, self.heads = d_state, d_conv, expand * d_model // headdim
+        channels = self.d_inner + 2 * d_state
+        self.in_proj = nn.Linear(d_model, self.d_inner + channels + self.heads, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)
+        # dt = softplus(dt_bias) starts log-uniform in [0.001, 0.1], floor 1e-4 [3]
+        dt = torch.empty(self.heads).uniform_(np.log(1e-3), np.log(1e-1)).exp().clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(dt + (-(-dt).expm1()).log())  # the inverse of softplus
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = nn.RMSNorm(self.d_inner, eps=1e-5)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        """(conv window (b, d_conv-1, channels), SSM state (b, h, p, n)), both zero."""
+        new = self.D.new_zeros
+        return (new(batch, self.d_conv - 1, self.d_inner + 2 * self.d_state),
+                new(batch, self.heads, self.headdim, self.d_state))
+
+    def _split(self, u):
+        return self.in_proj(u).split(
+            (self.d_inner, self.d_inner + 2 * self.d_state, self.heads), -1)
+
+    def _inputs(self, xBC, dt):
+        x, B, C = F.silu(xBC).split((self.d_inner, self.d_state, self.d_state), -1)
+        return x.unflatten(-1, (self.heads, -1)), F.softplus(dt + self.dt_bias), -self.A_log.exp(), B, C
+
+    def _output(self, y, x, z):
+        y = (y + self.D[:, None] * x).flatten(-2)
+        return self.out_proj(self.norm(y * F.silu(z)))
+
+    def forward(self, u: Tensor, state=None, first=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """u (b, l, d_model) -> the same shape, and the state after the last token."""
+        b, l, _ = u.shape
+        window, memory = state or self.initial_state(b)
+        z, xBC, dt = self._split(u)
+        taps = torch.cat([window.to(xBC.dtype), xBC], 1)  # (b, d_conv-1+l, channels)
+        if first is None:
+            first = torch.zeros(b, l, dtype=torch.bool, device=u.device)
+        # NOTE(2): a reset clears the convolution's window too: a tap counts within its own segment only
+        segment = F.pad(first.cumsum(1), (self.d_conv - 1, 0))  # (b, d_conv-1+l)
+        conv = self.conv1d.bias
+        for k in range(self.d_conv):
+            own = (segment[:, k:k + l] == segment[:, self.d_conv - 1:])[..., None]
+            conv = conv + taps[:, k:k + l] * own * self.conv1d.weight[:, 0, k]
+        x, dt, A, B, C = self._inputs(conv, dt)
+        y, memory = self.scan(x, dt, A, B, C, self.chunk_size, memory, first)
+        window = taps[:, l:] * (segment[:, l:] == segment[:, -1:])[..., None]
+        return self._output(y, x, z), (window, memory)
+
+    def step(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One token: u (b, d_model) -> the same shape, and a new state."""
+        window, memory = state
+        z, xBC, dt = self._split(u)
+        taps = torch.cat([window.to(xBC.dtype), xBC[:, None]], 1)  # (b, d_conv, channels)
+        conv = self.conv1d.bias + (taps * self.conv1d.weight[:, 0].T).sum(1)
+        x, dt, A, B, C = self._inputs(conv, dt)
+        y, memory = ssd_step(x, dt, A, B, C, memory)
+        return self._output(y, x, z), (taps[:, 1:], memory)
+
+
+class SequenceModel(nn.Module):
+    """(z_t, a_t) … -> d_t: a linear stem, then Mamba-2 layers with pre-norm residuals."""
+
+    def __init__(self, cfg: Config, num_actions: int):
+        super().__init__()
+        d, self.num_actions = cfg.d_model, num_actions
+        self.stem = nn.Sequential(nn.Linear(cfg.d_z + num_actions, d), nn.RMSNorm(d), nn.SiLU())
+        self.norms = nn.ModuleList(nn.RMSNorm(d) for _ in range(cfg.layers))
+        self.layers = nn.ModuleList(
+            Mamba2(d, cfg.d_state, cfg.d_conv, cfg.expand, cfg.headdim, cfg.chunk_size)
+            for _ in range(cfg.layers))
+        self.dropout, self.norm = nn.Dropout(cfg.dropout), nn.RMSNorm(d)
+
+    def _stack(self, z, action, call):
+        u = self.stem(torch.cat([z, F.one_hot(action, self.num_actions)], -1))
+        states = []
+        for i, (norm, layer) in enumerate(zip(self.norms, self.layers)):
+            y, state = call(layer, norm(u), i)
+            u = u + self.dropout(y)
+            states.append(state)
+        return self.norm(u), states
+
+    def forward(self, z: Tensor, action: Tensor, states=None, first=None) -> tuple[Tensor, list]:
+        """z (b, l, K*C), action (b, l), first (b, l) bool -> d (b, l, d_model), a state a layer."""
+        return self._stack(z, action, lambda layer, u, i: layer(u, states and states[i], first))
+
+    def step(self, z: Tensor, action: Tensor, states: list) -> tuple[Tensor, list]:
+        """One token: z (b, K*C), action (b,) -> d (b, d_model), new states."""
+        return self._stack(z, action, lambda layer, u, i: layer.step(u, states[i]))
+
+    def initial_states(self, batch: int) -> list:
+        """Zero states, a layer each."""
+        return [layer.initial_state(batch) for layer in self.layers]
+
+
+def clear(states: list, where: Tensor) -> list:
+    """The states with rows `where` (b,) set to zero: an episode opens there."""
+    return [tuple(s * ~where.view(-1, *[1] * (s.ndim - 1)) for s in state) for state in states]
+
+
+# ---- 7 World model ------------------------------------------------------------------------------
+
+
+def mlp(d_in: int, units: int, hidden: int, d_out: int, zero: bool = False) -> nn.Sequential:
+    """Hidden layers of Linear, RMSNorm, SiLU, then a Linear, which starts at zero if asked."""
+    layers = []
+    for i in range(hidden):
+        layers += [nn.Linear(units if i else d_in, units), nn.RMSNorm(units), nn.SiLU()]
+    layers.append(nn.Linear(units, d_out))
+    if zero:
+        nn.init.zeros_(layers[-1].weight)
+        nn.init.zeros_(layers[-1].bias)
+    return nn.Sequential(*layers)
+
+
+class Dream(NamedTuple):
+    """Imagined futures of H steps."""
+
+    feature: Tensor  # (b, H+1, d_feature): [z_t, d_{t-1}]
+    action: Tensor  # (b, H)
+    log_pi: Tensor  # (b, H): log-probability of the action when it was drawn
+    reward: Tensor  # (b, H): follows the action, as in the replay
+    end: Tensor  # (b, H): probability that the action ended the game or cost a life
+
+
+class WorldModel(nn.Module):
+    """VAE, sequence model and the heads for the next latent, the reward and the end."""
+
+    def __init__(self, cfg: Config, num_actions: int):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.posterior = nn.Linear(cfg.cnn[-1][0] * CNN_MAP**2, cfg.d_z)
+        self.sequence = SequenceModel(cfg, num_actions)
+        self.prior = nn.Linear(cfg.d_model, cfg.d_z)
+        # NOTE(3): reward head and critic start at zero, as in [4]: no imagined reward before a real one
+        self.reward = mlp(cfg.d_model, cfg.head_units, 1, cfg.bins, zero=True)
+        self.termination = mlp(cfg.d_model, cfg.head_units, 1, 1)
+        self.two_hot = TwoHot(cfg.bins, cfg.bin_limit)
+        self.weights = dict(reconstruction=1.0, reward=1.0, termination=1.0, dynamics=1.0,
+                            representation=cfg.representation_scale)
+
+    def _categoricals(self, flat: Tensor) -> Tensor:
+        """(..., K*C) -> log-probabilities (..., K, C)."""
+        return unimix(flat.unflatten(-1, (self.cfg.categoricals, self.cfg.classes)), self.cfg.unimix)
+
+    def encode(self, frame: Tensor) -> Tensor:
+        """frame (..., H, W, 3) uint8 -> log q(z | o), (..., K, C)."""
+        return self._categoricals(self.posterior(self.encoder(pixels(frame)))).unflatten(0, frame.shape[:-3])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z (..., K*C) -> frames (..., 3, H, W) in 0..1."""
+        return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+
+    def log_prior(self, d: Tensor) -> Tensor:
+        """d_t (..., d_model) -> log p(z_{t+1} | d_t), (..., K, C)."""
+        return self._categoricals(self.prior(d))
+
+    def one_hot(self, classes: Tensor) -> Tensor:
+        """Latent classes (..., K) -> flat latents (..., K*C)."""
+        return F.one_hot(classes.long(), self.cfg.classes).flatten(-2).float()
+
+    def loss(self, batch: Batch) -> tuple[dict, Tensor, Tensor]:
+        """Losses by name, each (b, l); latents (b, l, K, C); KL[posterior || prior] (b, l)."""
+        b, l = batch.action.shape
+        log_post = self.encode(batch.frame)
+        z = straight_through(log_post)  # (b, l, K, C)
+        d, _ = self.sequence(z.flatten(-2), batch.action, first=batch.first)
+        frame_hat = self.decode(z.flatten(-2)).flatten(0, 1)
+        # the prior of z_t comes from d_{t-1}; where o_t opens an episode it knows nothing of it
+        log_prior, log_later, known = self.log_prior(d[:, :-1]), log_post[:, 1:], ~batch.first[:, 1:]
+
+        def divergence(p, q):
+            kl = kl_divergence(p, q) * known
+            return F.pad(kl, (1, 0)), F.pad(free_bits(kl, self.cfg.free_bits) * known, (1, 0))
+
+        # the detached side is held fixed: first the prior learns, then, ten times less, the posterior
+        kl, dynamics = divergence(log_later.detach(), log_prior)
+        _, representation = divergence(log_later, log_prior.detach())
+        losses = dict(
+            reconstruction=(frame_hat - pixels(batch.frame)).square().sum((1, 2, 3)).view(b, l),
+            reward=self.two_hot.loss(self.reward(d), batch.reward),
+            termination=F.binary_cross_entropy_with_logits(
+                self.termination(d).squeeze(-1).float(), batch.terminated, reduction="none"),
+            dynamics=dynamics,
+            representation=representation)
+        assert all(loss.shape == (b, l) for loss in losses.values())
+        return losses, z.detach(), kl.detach()
+
+    @torch.no_grad()
+    def imagine(self, actor: nn.Module, z: Tensor, action: Tensor, first: Tensor) -> Dream:
+        """Dream `horizon` steps on from context latents z (b, k, K*C), action and first (b, k).
+
+        The last context frame is where the dream starts: its recorded action is not used.
+        """
+        d, states = self.sequence(z[:, :-1], action[:, :-1], first=first[:, :-1])
+        z, d, states = z[:, -1], d[:, -1] * ~first[:, -1:], clear(states, first[:, -1])
+        features, actions, log_pis, ds = [torch.cat([z, d], -1)], [], [], []
+        for _ in range(self.cfg.horizon):
+            log_pi = actor(features[-1]).float().log_softmax(-1)
+            actions.append((log_pi + gumbel(log_pi)).argmax(-1))
+            log_pis.append(log_pi.gather(-1, actions[-1][:, None]).squeeze(-1))
+            d, states = self.sequence.step(z, actions[-1], states)
+            z = draw_one_hot(self.log_prior(d)).flatten(-2)
+            ds.append(d)
+            features.append(torch.cat([z, d], -1))
+        d = torch.stack(ds, 1)  # (b, H, d_model)
+        dream = Dream(torch.stack(features, 1), torch.stack(actions, 1), torch.stack(log_pis, 1),
+                      self.two_hot.mean(self.reward(d)), self.termination(d).squeeze(-1).float().sigmoid())
+        assert dream.reward.shape == dream.end.shape == dream.action.shape == (len(z), self.cfg.horizon)
+        return dream
+
+    @torch.no_grad()
+    def dream_along(self, batch: Batch, context: int) -> tuple[Tensor, Tensor]:
+        """Reconstruction and open-loop dream (b, l, 3, H, W) of recorded frames, for the same actions.
+
+        The dream sees `context` frames; its later latents are drawn from the prior alone.
+        """
+        z = draw_one_hot(self.encode(batch.frame)).flatten(-2)
+        d, states = self.sequence(z[:, :context], batch.action[:, :context], first=batch.first[:, :context])
+        dreamt, d = [z[:, i] for i in range(context)], d[:, -1]
+        for action in batch.action[:, context:].unbind(1):
+            dreamt.append(draw_one_hot(self.log_prior(d)).flatten(-2))
+            d, states = self.sequence.step(dreamt[-1], action, states)
+        return self.decode(z), self.decode(torch.stack(dreamt, 1))
+
+
+def pixels(frame: Tensor) -> Tensor:
+    """(..., H, W, 3) uint8 -> (n, 3, H, W) float in 0..1; stays in the channels_last memory format."""
+    return frame.flatten(0, -4).permute(0, 3, 1, 2).float() / 255
+
+
+# ---- 8 Actor-critic -----------------------------------------------------------------------------
+
+
+class ActorCritic(nn.Module):
+    """Actor and two-hot critic on [z_t, d_{t-1}], with a slow critic and a scale for the returns [4].
+
+    NOTE(4): z_t encodes the frame just seen; the published code acts on a sample of the prior.
+    """
+
+    def __init__(self, cfg: Config, num_actions: int):
+        super().__init__()
+        self.cfg = cfg
+        self.actor = mlp(cfg.d_feature, cfg.actor_units, cfg.hidden_layers, num_actions)
+        self.critic = mlp(cfg.d_feature, cfg.critic_units, cfg.hidden_layers, cfg.bins, zero=True)
+        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.two_hot = TwoHot(cfg.bins, cfg.bin_limit)
+        self.register_buffer("scale", torch.zeros(()))  # EMA of the returns' 5-95 percentile range
+        self.weights = dict(policy=1.0, entropy=cfg.entropy, value=1.0, slow_value=1.0)
+
+    def loss(self, dream: Dream) -> tuple[dict, dict]:
+        """Losses by name, each (b, H), weighted by the chance that the dream still runs; metrics."""
+        b, h = dream.action.shape
+        value_logits = self.critic(dream.feature)  # (b, H+1, bins)
+        value = self.two_hot.mean(value_logits).detach()  # the actor must not move the critic
+        slow_value = self.two_hot.mean(self.slow_critic(dream.feature[:, :-1]))
+        R = lambda_return(dream.reward, dream.end, value, self.cfg.gamma, self.cfg.lam)
+        low, high = torch.quantile(R, R.new_tensor([0.05, 0.95]))
+        self.scale.lerp_(high - low, 1 - self.cfg.return_decay)
+        advantage = (R - value[:, :-1]) / self.scale.clamp(min=1)
+        # NOTE(5): a step counts by the product of (1 - e) before it: nothing is learnt after a death
+        alive = F.pad((1 - dream.end).cumprod(1)[:, :-1], (1, 0), value=1.0)
+        log_pi = self.actor(dream.feature[:, :-1]).float().log_softmax(-1)  # (b, H, actions)
+        entropy = -(log_pi.exp() * log_pi).sum(-1)
+        losses = dict(
+            policy=-log_pi.gather(-1, dream.action[..., None]).squeeze(-1) * advantage * alive,
+            entropy=-entropy * alive,
+            value=self.two_hot.loss(value_logits[:, :-1], R) * alive,
+            slow_value=self.two_hot.loss(value_logits[:, :-1], slow_value) * alive)
+        assert all(loss.shape == (b, h) for loss in losses.values())
+        metrics = dict(imagined_return=R.mean(), imagined_reward=dream.reward.mean(), imagined_value=value.mean(),
+                       imagined_end=dream.end.mean(), return_scale=self.scale, policy_entropy=entropy.mean())
+        return losses, metrics
+
+    @torch.no_grad()
+    def update_slow_critic(self) -> None:
+        """slow = decay slow + (1 - decay) critic."""
+        for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters()):
+            slow.lerp_(fast, 1 - self.cfg.slow_decay)
+
+
+class Learner:
+    """An optimiser with linear warm-up and clipping; it refuses numbers that are not finite."""
+
+    def __init__(self, optimiser, clip: float, warmup: int):
+        self.optimiser, self.clip = optimiser, clip
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: min(1.0, (k + 1) / warmup))
+
+    def step(self, losses: dict, weights: dict) -> dict:
+        """Minimise the weighted sum of the losses' means; return the means and the gradient's norm."""
+        assert losses.keys() == weights.keys(), (losses.keys(), weights.keys())
+        means = {name: loss.mean() for name, loss in losses.items()}
+        self.optimiser.zero_grad()
+        sum(weights[name] * mean for name, mean in means.items()).backward()
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip)
+        means = dict(zip(means, torch.stack([m.detach().float() for m in means.values()]).tolist()))
+        broken = [name for name, mean in means.items() if not np.isfinite(mean)]
+        if broken:
+            raise FloatingPointError(broken[0])
+        self.optimiser.step()
+        self.schedule.step()
+        return means
+
+    def state_dict(self) -> dict:
+        """Moments, counts and the warm-up's place."""
+        return dict(optimiser=self.optimiser.state_dict(), schedule=self.schedule.state_dict())
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Go on from `state_dict`."""
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.schedule.load_state_dict(saved["schedule"])
+
+
+def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[Learner, Learner]:
+    """AdamW for the world model, Adam for actor and critic. NOTE(6): the published default is LaProp."""
+    # matrices and kernels decay; biases, norms, dt_bias, A_log and D do not
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
+    acting = [*agent.actor.parameters(), *agent.critic.parameters()]
+    return (Learner(torch.optim.AdamW(groups, cfg.model_lr, fused=True), cfg.model_clip, cfg.lr_warmup),
+            Learner(torch.optim.Adam(acting, cfg.actor_lr, eps=cfg.actor_eps, fused=True),
+                    cfg.actor_clip, cfg.lr_warmup))
+
+
+class Player:
+    """Acts on the frame just seen: a_t ~ actor([z_t, d_{t-1}]).
+
+    d_{t-1} is rebuilt from the last `act_context` latents and actions, as long a past as the dreams
+    know, or, where that is 0, carried on from step to step.
+    """
+
+    def __init__(self, cfg: Config, model: WorldModel, agent: ActorCritic, num_envs: int, device):
+        self.cfg, self.model, self.agent = cfg, model, agent
+        n, m = num_envs, cfg.act_context
+        self.memory = dict(z=torch.zeros(n, m, cfg.categoricals, dtype=torch.uint8, device=device),
+                           action=torch.zeros(n, m, dtype=torch.int64, device=device),
+                           first=torch.zeros(n, m, dtype=torch.bool, device=device),
+                           d=torch.zeros(n, cfg.d_model, device=device),
+                           states=model.sequence.initial_states(n))
+
+    @torch.no_grad()
+    def act(self, frame: Tensor, first: Tensor, at_random: bool = False) -> tuple[Tensor, Tensor]:
+        """frame (n, H, W, 3) uint8, first (n,) bool -> action (n,), latent classes (n, K)."""
+        m, num_actions = self.memory, self.model.sequence.num_actions
+        z = draw_one_hot(self.model.encode(frame))
+        if self.cfg.act_context:
+            past = self.model.one_hot(m["z"])
+            m["d"] = self.model.sequence(past, m["action"], first=m["first"])[0][:, -1].float()
+        d = m["d"] * ~first[:, None]
+        logits = self.agent.actor(torch.cat([z.flatten(-2), d], -1)).float()
+        action = (logits * (not at_random) + gumbel(logits)).argmax(-1)
+        assert logits.shape == (len(frame), num_actions)
+        if self.cfg.act_context:
+            for name, new in dict(z=z.argmax(-1).byte(), action=action, first=first).items():
+                m[name] = torch.cat([m[name][:, 1:], new[:, None]], 1)
+        else:
+            d, m["states"] = self.model.sequence.step(z.flatten(-2), action, clear(m["states"], first))
+            m["d"] = d.float()
+        return action, z.argmax(-1)
+
+    def state_dict(self) -> dict:
+        """What the next action depends on, besides the frame."""
+        return self.memory
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Go on from `state_dict`."""
+        self.memory = saved
+
+
+# ---- 9 Keeping and showing ----------------------------------------------------------------------
+
+
+class Table:
+    """A CSV file that a resume cuts back to the checkpoint's length: no torn line, no row twice."""
+
+    def __init__(self, path: Path, columns: list[str], length: int):
+        self.file = open(path, "r+" if length else "w", newline="")
+        if self.file.seek(0, os.SEEK_END) < length:
+            raise Refusal(f"{path} is shorter than the checkpoint says; put it back or use another --out")
+        self.file.seek(length)
+        self.file.truncate()
+        self.writer = csv.DictWriter(self.file, columns)
+        if not length:
+            self.writer.writeheader()
+
+    def row(self, values: dict) -> None:
+        """Append a row; six digits of each float."""
+        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+        self.file.flush()
+
+    def length(self) -> int:
+        """Bytes so far, safe on the disk."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+
+class Run:
+    """The run folder: its lock, config.json, the frame file and the checkpoints."""
+
+    def __init__(self, cfg: Config):
+        self.dir = Path(cfg.out or Path("runs") / f"{cfg.game}-{cfg.seed}")
+        self.newest, self.older = self.dir / "checkpoint.pt", self.dir / "checkpoint.prev.pt"
+        self.config, self.frames = self.dir / "config.json", self.dir / "frames.bin"
+
+    def lock(self) -> None:
+        """Make the folder and take its lock, which the system frees when the process dies."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.handle = open(self.dir / "lock", "a+")
+        try:
+            if os.name == "nt":
+                import msvcrt
+                self.handle.seek(0)
+                msvcrt.locking(self.handle.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Refusal(f"{self.dir} is in use by another process; wait for it or use another --out")
+
+    def read_config(self) -> dict:
+        """config.json as a dict of Config's fields; Refusal where it is not one."""
+        try:
+            stored = json.loads(self.config.read_text())
+            known = {f.name: f.type for f in dataclasses.fields(Config)}
+            wrong = [name for name in {*stored, *known} if type(stored.get(name)) is not known.get(name)]
+        except (OSError, ValueError, TypeError) as error:
+            raise Refusal(f"{self.config} cannot be read ({error}); mend it or use another --out")
+        if wrong:
+            raise Refusal(f"{self.config}: wrong, missing or unknown field {', '.join(sorted(wrong))}; "
+                          f"mend it or use another --out")
+        return stored
+
+    def agree(self, cfg: Config) -> None:
+        """Write config.json, or refuse settings that differ from those the run was started with."""
+        if self.config.exists():
+            stored, given = self.read_config(), dataclasses.asdict(cfg)
+            differ = [f"{k} (was {stored[k]}, now {given[k]})" for k in given
+                      if k not in ANYTIME and stored[k] != given[k]]
+            if differ:
+                raise Refusal(f"{self.dir} holds a run with other settings: {', '.join(differ)}; use another "
+                              f"--out or --seed, or the old values")
+        elif self.newest.exists() or self.older.exists():
+            raise Refusal(f"{self.config} is missing beside a checkpoint; put it back or use another --out")
+        self._write(self.config, json.dumps(dataclasses.asdict(cfg), indent=1).encode())
+
+    def allocate(self, cfg: Config, weights: int, rows: int) -> None:
+        """Make room for every frame of the run, after a look at the free disk space.
+
+        weights: numbers in the networks; rows: how many the checkpoint says there are.
+        """
+        frame = cfg.image_size**2 * 3
+        have = self.frames.stat().st_size if self.frames.exists() else 0
+        if have < rows * frame:
+            raise Refusal(f"{self.frames} is too short for the checkpoint's {rows:,} steps; put it back or "
+                          f"use another --out")
+        need = max(0, cfg.steps * frame - have) + 3 * 16 * weights  # 3 files of weights, moments
+        free = shutil.disk_usage(self.dir).free
+        if free < need:
+            raise Refusal(f"{self.dir} needs {need / 1e9:.2f} GB of disk for {cfg.steps:,} steps and has "
+                          f"{free / 1e9:.2f} GB; free some, or lower --steps")
+        with open(self.frames, "ab") as file:
+            if hasattr(os, "posix_fallocate"):  # else a disk that fills up later would kill the process
+                os.posix_fallocate(file.fileno(), 0, max(have, cfg.steps * frame))
+            file.truncate(max(have, cfg.steps * frame))
+
+    def _write(self, path: Path, data) -> None:
+        """Write to a temporary file, flush to the disk, rename: the old file or the new, never a part."""
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def save(self, checkpoint: dict) -> None:
+        """Write checkpoint.pt and keep the one before it."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        fresh = self.dir / "checkpoint.new.pt"
+        self._write(fresh, buffer.getbuffer())
+        if self.newest.exists():
+            os.replace(self.newest, self.older)
+        os.replace(fresh, self.newest)
+
+    def load(self, cfg: Config, device) -> dict | None:
+        """The newest checkpoint that is whole, or None where there is none yet."""
+        for path in (self.newest, self.older):
+            try:
+                # weights_only: a file from a stranger must not run code
+                saved = torch.load(path, map_location=device, weights_only=True)
+                theirs = saved["config"]
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # a broken file raises nearly anything
+                print(f"{path} is broken ({type(error).__name__}); trying the one before it", file=sys.stderr)
+                continue
+            differ = [k for k in theirs if k not in ANYTIME and theirs[k] != getattr(cfg, k, None)]
+            if differ:
+                raise Refusal(f"{path} belongs to another run: {', '.join(differ)} differ from {self.config}")
+            return saved
+        if self.newest.exists() or self.older.exists():
+            raise Refusal(f"no checkpoint in {self.dir} can be read; use another --out to start again")
+        return None
+
+
+def generators(device: torch.device) -> dict:
+    """The state of every random generator."""
+    name, keys, *rest = np.random.get_state()
+    return dict(python=random.getstate(), numpy=[name, keys.tolist(), *rest], torch=torch.get_rng_state(),
+                device=getattr(torch, device.type).get_rng_state() if device.type != "cpu" else None)
+
+
+def set_generators(saved: dict, device: torch.device) -> None:
+    """Put every random generator back into the state of `generators`."""
+    random.setstate(saved["python"])
+    np.random.set_state(tuple(saved["numpy"]))
+    torch.set_rng_state(saved["torch"].cpu())
+    if saved["device"] is not None and device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(saved["device"].cpu())
+
+
+def human_normalised(game: str, score: float) -> float:
+    """(score - random) / (human - random), or NaN for a game without published scores."""
+    s = SCORES.get(game)
+    return (score - s["random"]) / (s["human"] - s["random"]) if s else float("nan")
+
+
+def draw_curves(run: Run, game: str) -> None:
+    """curves.png from the two CSV files: the return first, then what explains it."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with open(run.dir / "metrics.csv") as m, open(run.dir / "episodes.csv") as e:
+        metrics, episodes = list(csv.DictReader(m)), list(csv.DictReader(e))
+    figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    axes.flat[0].plot([int(r["step"]) for r in episodes], [float(r["return"]) for r in episodes], ".-", lw=0.5)
+    levels = SCORES.get(game) or {"best possible": GridWorld.best_return()}
+    for colour, name in zip("kgb", [n for n in ("random", "human", "Drama", "best possible") if n in levels]):
+        axes.flat[0].axhline(levels[name], ls="--", lw=1, color=colour, label=name)
+    axes.flat[0].legend(fontsize="small")
+    axes.flat[0].set_title(f"{game}: return of each episode")
+    panels = (("reconstruction",), ("dynamics", "representation", "kl"), ("reward", "termination"),
+              ("imagined_return", "imagined_value"), ("imagined_reward", "batch_reward"), ("policy_entropy",),
+              ("value", "slow_value"))
+    for axis, names in zip(axes.flat[1:], panels):
+        for name in names:
+            axis.plot([int(r["step"]) for r in metrics], [float(r[name]) for r in metrics], label=name, lw=1)
+        axis.set_title(", ".join(names), fontsize="medium")
+        axis.legend(fontsize="small")
+    for axis in axes.flat:
+        axis.set_xlabel("environment steps")
+    figure.savefig(run.dir / "curves.new.png", dpi=80)
+    plt.close(figure)
+    os.replace(run.dir / "curves.new.png", run.dir / "curves.png")
+
+
+def draw_dreams(run: Run, cfg: Config, model: WorldModel, replay: Replay) -> None:
+    """dream.gif and dream.png: real frames, reconstruction and open-loop dream, for the same actions."""
+    from PIL import Image, ImageDraw
+    length, count, margin = cfg.context + cfg.picture_steps, 3, 14
+    if replay.size < length:
+        return
+    # windows without the opening of an episode inside, where there are such
+    opened = F.pad(replay.first[:replay.size].long().cumsum(0), (1, 0))
+    starts = torch.arange(replay.size - length + 1)
+    inside = opened[starts + length] - opened[starts + 1]
+    calm = starts[inside == inside.min()]
+    with torch.random.fork_rng([replay.device] if replay.device.type == "cuda" else []):  # no trace in the run
+        rows = calm[torch.randint(len(calm), (count,))][:, None] + torch.arange(length)
+        batch = replay.batch(rows)
+        model.eval()
+        seen = model.dream_along(batch, cfg.context)
+    kinds = [batch.frame, *((x.clamp(0, 1) * 255).byte().permute(0, 1, 3, 4, 2) for x in seen)]
+    tiles = np.stack([kind.cpu().numpy() for kind in kinds])  # (3, count, l, H, W, 3)
+    side = max(128, cfg.image_size)
+    names = ("real", "reconstruction", "dream")
+
+    def sheet(rows_of_tiles, labels, title):
+        """A grid of frames with a label above each column, or beside each row if there are three rows."""
+        canvas = Image.new("RGB", (side * len(rows_of_tiles[0]), margin * 2 + side * len(rows_of_tiles)))
+        text = ImageDraw.Draw(canvas)
+        text.text((2, 1), title, fill="white")
+        for x, label in enumerate(labels):
+            text.text((2 + x * side, margin), label, fill="white")
+        for y, row in enumerate(rows_of_tiles):
+            for x, tile in enumerate(row):
+                image = Image.fromarray(tile).resize((side, side), Image.Resampling.NEAREST)
+                canvas.paste(image, (x * side, margin * 2 + y * side))
+        return canvas
+
+    def title(t):
+        return f"{cfg.game} step {replay.size}: " + ("context" if t < cfg.context else "dreaming")
+
+    film = [sheet([tiles[:, i, t] for i in range(count)], names, f"{title(t)} t={t}") for t in range(length)]
+    film[0].save(run.dir / "dream.gif", save_all=True, append_images=film[1:], duration=120, loop=0)
+    times = np.linspace(0, length - 1, 12).astype(int)
+    sheet(tiles[:, 0, times], [f"t={t}" + (" context" if t < cfg.context else "") for t in times],
+          f"{cfg.game} step {replay.size}; rows: real, reconstruction, dream").save(run.dir / "dream.png")
+
+
+# ---- 10 train, evaluate, main -------------------------------------------------------------------
+
+
+def choose_device(cfg: Config) -> torch.device:
+    """The device asked for, or the best there is; Refusal where it is not to be had."""
+    try:
+        if cfg.device == "auto":
+            best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            return torch.device(best.type if best and best.type in ("cuda", "mps") else "cpu")
+        torch.zeros(1, device=cfg.device)
+        return torch.device(cfg.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0][:80]
+        raise Refusal(f"--device {cfg.device}: not on this machine ({why}); try --device cpu")
+
+
+def choose_precision(cfg: Config, device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA; on a CPU only where a matmul of it is measured to be faster."""
+    if cfg.precision != "auto" or device.type == "mps":
+        return torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(512, 512, dtype=dtype, generator=torch.Generator())
+        seconds[dtype] = min(timed(lambda: x @ x) for _ in range(9))
+    return torch.bfloat16 if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else torch.float32
+
+
+def timed(call) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def choose_scan(cfg: Config, device: torch.device) -> str:
+    """Put the compiled scan into Mamba2 where it is asked for and works; say which path runs."""
+    Mamba2.scan = staticmethod(ssd_scan)
+    if cfg.compile == "off" or (cfg.compile == "auto" and device.type != "cuda"):
+        return "eager"
+    try:
+        compiled = torch.compile(ssd_scan)
+        x = torch.ones(2, 8, 1, 4, device=device, requires_grad=True)
+        compiled(x, x[..., 0], -x[0, 0, :, 0], x[:, :, 0], x[:, :, 0], 4)[0].sum().backward()
+        Mamba2.scan = staticmethod(compiled)
+        return "compiled"
+    except Exception as error:  # no compiler, no Triton: many kinds of failure, one way on
+        return f"eager (compiling failed: {type(error).__name__})"
+
+
+def keep_freed_pages() -> None:
+    """Ask glibc not to hand big tensors back at every step: clearing fresh pages took half the time."""
+    try:
+        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+    except (AttributeError, OSError, TypeError):
+        pass  # no glibc here
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM: the first lets the step in hand end, the second leaves at once."""
+
+    def __init__(self):
+        self.signal = 0
+        self.old = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _receive(self, number, _):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def restore(self) -> None:
+        """Give the signals back to who had them."""
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def update_world_model(model, learner, replay, cfg, autocast) -> dict:
+    """One update on sequences drawn by DFS; the latents just computed are kept in the replay."""
+    batch = replay.batch(replay.draw_sequences())
+    model.train()
+    with autocast():
+        losses, z, kl = model.loss(batch)
+    metrics = learner.step(losses, model.weights)
+    replay.latent[batch.rows] = z.argmax(-1).byte().cpu()
+    return {**metrics, "kl": kl.mean().item(), "batch_reward": batch.reward.mean().item()}
+
+
+def imagine_and_update(model, agent, learner, replay, cfg, autocast) -> dict:
+    """Dream from contexts drawn by DFS, then one update of actor and critic on the dreams."""
+    rows = replay.draw_contexts()
+    model.eval()
+    with autocast():
+        if cfg.stored_latents:
+            z = model.one_hot(replay.latent[rows].to(replay.device))
+        else:
+            with torch.no_grad():
+                z = draw_one_hot(model.encode(replay.batch(rows).frame)).flatten(-2)
+        dream = model.imagine(agent.actor, z, replay.action[rows].to(replay.device),
+                              replay.first[rows].to(replay.device))
+        losses, metrics = agent.loss(dream)
+    metrics = {**learner.step(losses, agent.weights), **{k: v.item() for k, v in metrics.items()}}
+    agent.update_slow_critic()
+    metrics["actor_gradient_norm"] = metrics.pop("gradient_norm")
+    return metrics
+
+
+METRICS = ("reconstruction", "reward", "termination", "dynamics", "representation", "kl", "gradient_norm",
+           "batch_reward", "policy", "entropy", "value", "slow_value", "actor_gradient_norm", "imagined_return",
+           "imagined_reward", "imagined_value", "imagined_end", "return_scale", "policy_entropy")
+
+
+def train(cfg: Config, run: Run) -> int:
+    """Train until cfg.steps, from the checkpoint if there is one; return the exit code."""
+    device = choose_device(cfg)
+    saved = run.load(cfg, device)
+    at = saved["at"] if saved else dict(step=0, updates=0, episode=0, seconds=0.0, total=0.0, length=0,
+                                        first=True, precision=None, tables=[0, 0], last=None)
+    if at["step"] >= cfg.steps:
+        print(f"{run.dir} is finished at step {at['step']:,}; to go on, give a larger --steps")
+        return 0
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    env = make_env(cfg.game, 1, cfg.image_size)
+    num_actions = int(env.single_action_space.n)
+    model = WorldModel(cfg, num_actions).to(device)
+    agent = ActorCritic(cfg, num_actions).to(device)
+    model_learner, agent_learner = make_learners(cfg, model, agent)
+    run.allocate(cfg, sum(p.numel() for p in [*model.parameters(), *agent.parameters()]), at["step"])
+    replay = Replay(run.frames, cfg, device)
+    player = Player(cfg, model, agent, 1, device)
+    parts = dict(model=model, agent=agent, model_learner=model_learner, agent_learner=agent_learner,
+                 replay=replay, player=player)
+    frame = env.reset(seed=cfg.seed + at["step"])[0]
+    if hasattr(env, "state_dict"):
+        parts["env"] = env
+    else:
+        at.update(first=True, total=0.0, length=0)  # Atari goes on with a fresh episode
+    if saved:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        set_generators(saved["generators"], device)
+        frame = np.array(saved["frame"].cpu()) if "env" in parts else frame
+    at["precision"] = at["precision"] or str(choose_precision(cfg, device))
+    dtype = getattr(torch, at["precision"].split(".")[1])
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    metrics_csv = Table(run.dir / "metrics.csv", ["step", "seconds", "updates", *METRICS], at["tables"][0])
+    episodes_csv = Table(run.dir / "episodes.csv", ["step", "seconds", "episode", "return", "length",
+                                                    "human_normalised"], at["tables"][1])
+    introduce(cfg, run, model, agent, device, at, choose_scan(cfg, device))
+    sums, begun = saved["sums"] if saved else {}, time.perf_counter() - at["seconds"]
+    drawn = stored = time.perf_counter()
+    interrupt = Interrupt()
+
+    def save():
+        at.update(tables=[metrics_csv.length(), episodes_csv.length()], seconds=time.perf_counter() - begun)
+        run.save(dict(config=dataclasses.asdict(cfg), at=at, sums=sums, frame=torch.from_numpy(frame),
+                      generators=generators(device), **{k: part.state_dict() for k, part in parts.items()}))
+
+    def draw():
+        metrics_csv.file.flush()
+        draw_curves(run, cfg.game)
+        draw_dreams(run, cfg, model, replay)
+
+    bar = tqdm(total=cfg.steps, initial=at["step"], unit="step", smoothing=0.05, dynamic_ncols=True,
+               mininterval=0.5 if sys.stderr.isatty() else 30)
+    try:
+        while at["step"] < cfg.steps and not interrupt.signal:
+            # ACT
+            model.eval()
+            seen = torch.from_numpy(frame[:, 0]).to(device)
+            first = torch.tensor([at["first"]], device=device)
+            with autocast():
+                action, latent = player.act(seen, first, at_random=at["step"] < cfg.warmup)
+            following, reward, terminated, truncated, info = env.step(action.cpu().numpy())
+
+            # STORE
+            replay.add(frame[0, 0], action, reward[0], terminated[0], at["first"], latent[0].cpu())
+            at["step"] += 1
+            at["total"] += float(reward[0])
+            at["length"] += 1
+            at["first"] = bool(episode_over(terminated, truncated, info)[0])
+            seconds = time.perf_counter() - begun
+            if at["first"]:
+                following = env.step(action.cpu().numpy())[0]  # the autoreset step: not a transition
+                at.update(episode=at["episode"] + 1, last=at["total"])
+                episodes_csv.row({"step": at["step"], "seconds": seconds, "episode": at["episode"],
+                                  "return": at["total"], "length": at["length"],
+                                  "human_normalised": human_normalised(cfg.game, at["total"])})
+                at.update(total=0.0, length=0)
+            frame = following
+
+            if at["step"] >= cfg.warmup and at["step"] % cfg.train_every == 0:
+                # TRAIN WORLD MODEL
+                metrics = update_world_model(model, model_learner, replay, cfg, autocast)
+                # IMAGINE, TRAIN ACTOR-CRITIC
+                metrics |= imagine_and_update(model, agent, agent_learner, replay, cfg, autocast)
+                at["updates"] += 1
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                sums["count"] = sums.get("count", 0) + 1
+
+            # LOG
+            bar.update()
+            if at["step"] % cfg.log_every == 0 and sums:
+                means = {name: sums[name] / sums["count"] for name in METRICS}
+                metrics_csv.row(dict(step=at["step"], seconds=seconds, updates=at["updates"], **means))
+                sums.clear()
+                bar.set_postfix_str(f"return {at['last']} rec {means['reconstruction']:.1f} "
+                                    f"kl {means['kl']:.2f} dream {means['imagined_return']:.2f} "
+                                    f"ent {means['policy_entropy']:.2f}", refresh=False)
+            if time.perf_counter() - drawn > cfg.draw_every:
+                draw()
+                drawn = time.perf_counter()
+            # SAVE
+            if time.perf_counter() - stored > cfg.save_every:
+                save()
+                stored = time.perf_counter()
+        save()
+        draw()
+    except FloatingPointError as error:
+        raise Refusal(f"{error} is not finite at step {at['step']:,}; this update was not applied. {run.newest} "
+                      f"is from before it: go on from there, with lower learning rates", code=1)
+    finally:
+        bar.close()
+        interrupt.restore()
+    if interrupt.signal:
+        print(f"stopped at step {at['step']:,}, all kept in {run.dir}; the same command goes on", file=sys.stderr)
+        return 128 + interrupt.signal
+    print(f"finished {cfg.steps:,} steps in {at['seconds'] / 60:.1f} minutes; see {run.dir}")
+    return 0
+
+
+def introduce(cfg, run, model, agent, device, at, scan) -> None:
+    """Say what is about to happen."""
+    def count(*modules):
+        return f"{sum(p.numel() for module in modules for p in module.parameters()):,}"
+    print(f"Drama on {cfg.game}: preset {cfg.preset}, {cfg.steps:,} steps, seed {cfg.seed}\n"
+          f"device {device}, {torch.get_num_threads()} threads, {at['precision'].split('.')[1]}, scan {scan}\n"
+          f"parameters: world model {count(model)} = encoder {count(model.encoder)} + decoder "
+          f"{count(model.decoder)} + posterior and prior {count(model.posterior, model.prior)} + sequence model "
+          f"{count(model.sequence)} + reward {count(model.reward)} + termination {count(model.termination)}; "
+          f"actor {count(agent.actor)}, critic {count(agent.critic)}\n"
+          f"run folder {run.dir}: " + (f"going on from step {at['step']:,}" if at["step"] else "new")
+          + f"; learning starts at step {cfg.warmup:,}")
+    if cfg.game == "GridWorld":
+        print(f"best possible return, by breadth-first search: {GridWorld.best_return():.2f} an episode")
+
+
+@torch.no_grad()
+def evaluate(cfg: Config, run: Run) -> int:
+    """Play cfg.eval full episodes from the checkpoint and print the scores; return the exit code."""
+    device = choose_device(cfg)
+    saved = run.load(cfg, device)
+    if saved is None:
+        raise Refusal(f"no checkpoint in {run.dir}; train first, without --eval")
+    torch.manual_seed(cfg.seed)
+    n = min(cfg.eval, cfg.eval_envs)
+    env = make_env(cfg.game, n, cfg.image_size)
+    num_actions = int(env.single_action_space.n)
+    model, agent = WorldModel(cfg, num_actions).to(device).eval(), ActorCritic(cfg, num_actions).to(device)
+    model.load_state_dict(saved["model"])
+    agent.load_state_dict(saved["agent"])
+    player = Player(cfg, model, agent, n, device)
+    # every environment plays a fixed share: the first N to end would favour short episodes
+    share = [cfg.eval // n + (i < cfg.eval % n) for i in range(n)]
+    scores, total = [[] for _ in range(n)], np.zeros(n)
+    frame, over = env.reset(seed=cfg.seed + 2**30)[0], np.ones(n, bool)
+    first = over
+    with tqdm(total=cfg.eval, unit="episode") as bar:
+        while any(len(s) < k for s, k in zip(scores, share)):
+            action, _ = player.act(torch.from_numpy(frame[:, 0]).to(device), torch.from_numpy(first).to(device))
+            frame, reward, terminated, truncated, info = env.step(action.cpu().numpy())
+            first = over if first is not over else np.zeros(n, bool)
+            over = episode_over(terminated, truncated, info)
+            total += reward
+            for i in np.flatnonzero(over):
+                if len(scores[i]) < share[i]:
+                    scores[i].append(float(total[i]))
+                    bar.update()
+                total[i] = 0
+    scores = sum(scores, [])
+    print(f"{cfg.game}, {cfg.eval} episodes at step {saved['at']['step']:,}: mean {np.mean(scores):.2f}, "
+          f"standard deviation {np.std(scores):.2f}\nscores: {' '.join(f'{s:g}' for s in scores)}")
+    if cfg.game in SCORES:
+        others = ", ".join(f"{k} {v:g} ({human_normalised(cfg.game, v):.2f})" for k, v in SCORES[cfg.game].items())
+        print(f"human-normalised {human_normalised(cfg.game, np.mean(scores)):.3f}; published: {others}")
+    elif cfg.game == "GridWorld":
+        print(f"{np.mean(scores) / GridWorld.best_return():.1%} of the best possible {GridWorld.best_return():.2f}")
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for an error."""
+
+    def error(self, message):
+        """Say what is wrong."""
+        raise Refusal(f"{message}; --help lists every setting")
+
+
+def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
+    """Command line -> Config (defaults, then the preset, then the flags) and the names of the flags given."""
+    parser = Parser("drama.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(Config):
+        text = f"{f.metadata['help']} ({f.default!r}"
+        text += f"; laptop {PRESETS['laptop'][f.name]!r})" if f.name in PRESETS["laptop"] else ")"
+        kind = (lambda s: dict(true=True, false=False)[s.lower()]) if f.type is bool else f.type
+        parser.add_argument(f"--{f.name}", type=kind, metavar=f.type.__name__.upper(), help=text.replace("%", "%%"))
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    preset = given.get("preset", "auto")
+    if preset == "auto":
+        preset = "paper" if torch.cuda.is_available() else "laptop"
+    cfg = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
+    return cfg, set(given)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    keep_freed_pages()
+    try:
+        cfg, given = parse(argv)
+        validate(cfg)
+        run = Run(cfg)
+        if cfg.game != "GridWorld":
+            rom_name(cfg.game)
+        if cfg.eval:
+            stored = Config(**run.read_config())
+            changed = {name: getattr(cfg, name) for name in given & ANYTIME}
+            return evaluate(dataclasses.replace(stored, **changed), run)
+        run.lock()
+        run.agree(cfg)
+        return train(cfg, run)
+    except Refusal as error:
+        message, code = str(error), error.code
+    except OSError as error:
+        message, code = f"{error.strerror}: {error.filename or 'no room for a file'}; the checkpoint is whole", 2
+    except (MemoryError, RuntimeError) as error:
+        if not any(word in str(error) for word in ("out of memory", "allocate memory")):
+            raise
+        message, code = f"out of memory ({str(error)[:80]}); lower the sizes, see --help", 2
+    print(f"drama.py: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
