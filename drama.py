@@ -202,6 +202,8 @@ def validate(cfg: Config) -> None:
         raise Refusal(f"--headdim {cfg.headdim}: does not divide expand * d_model = "
                       f"{cfg.expand * cfg.d_model}")
     shortest = max(cfg.batch_size + cfg.batch_length, cfg.context)
+    if cfg.game != "GridWorld":
+        rom_name(cfg.game)
     if cfg.warmup < shortest:
         raise Refusal(f"--warmup {cfg.warmup}: a first update needs {shortest} steps (batch_size + "
                       f"batch_length); raise --warmup or lower those")
@@ -606,7 +608,7 @@ def ssd_step(x, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
         x, dt, A, B, C = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, dt, A, B, C))
         kept = (dt * A).exp()[..., None, None] * state
         state = torch.addcmul(kept, (dt[..., None] * x)[..., None], B[:, None, None])
-        return (state @ C[:, None, :, None]).squeeze(-1), state
+        return (state.flatten(1, 2) @ C[..., None]).view_as(x), state
 
 
 class Mamba2(nn.Module):
@@ -998,132 +1000,136 @@ class Player:
 class Table:
     """A CSV file that a resume cuts back to the checkpoint's length: no torn line, no row twice."""
 
-    def __init__(self, path: Path, columns: list[str], length: int):
+    def __init__(self, path: Path, length: int):
         self.file = open(path, "r+" if length else "w", newline="")
         if self.file.seek(0, os.SEEK_END) < length:
-            raise Refusal(f"{path} is shorter than the checkpoint says; put it back or use another --out")
+            raise Refusal(f"{path} is shorter than its checkpoint; put it back or use another --out")
+        self.file.truncate(length)
         self.file.seek(length)
-        self.file.truncate()
-        self.writer = csv.DictWriter(self.file, columns)
-        if not length:
-            self.writer.writeheader()
 
-    def row(self, values: dict) -> None:
-        """Append a row; six digits of each float."""
-        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+    def row(self, **values) -> None:
+        """Append a row, floats to six digits; the first row brings the header."""
+        writer = csv.writer(self.file)
+        if not self.file.tell():
+            writer.writerow(values)
+        writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in values.values())
         self.file.flush()
 
     def length(self) -> int:
-        """Bytes so far, safe on the disk."""
+        """Bytes so far, all of them on the disk."""
         os.fsync(self.file.fileno())
         return self.file.tell()
 
 
 class Run:
-    """The run folder: its lock, config.json, the frame file and the checkpoints."""
+    """The run folder: lock, config.json, the replay's frames, two checkpoints, tables and pictures."""
 
     def __init__(self, cfg: Config):
-        self.dir = Path(cfg.out or Path("runs") / f"{cfg.game}-{cfg.seed}")
-        self.newest, self.older = self.dir / "checkpoint.pt", self.dir / "checkpoint.prev.pt"
+        self.dir = Path(cfg.out or f"runs/{cfg.game}-{cfg.seed}")
         self.config, self.frames = self.dir / "config.json", self.dir / "frames.bin"
+        self.newest, self.older = self.dir / "checkpoint.pt", self.dir / "checkpoint.prev.pt"
 
-    def lock(self) -> None:
-        """Make the folder and take its lock, which the system frees when the process dies."""
+    def lock(self):
+        """Make the folder and take its lock, a file that the system lets go of when its process dies."""
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.handle = open(self.dir / "lock", "a+")
+        handle = open(self.dir / "lock", "a+")
         try:
             if os.name == "nt":
                 import msvcrt
-                self.handle.seek(0)
-                msvcrt.locking(self.handle.fileno(), msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
-                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Refusal(f"{self.dir} is in use by another process; wait for it or use another --out")
+            handle.close()
+            raise Refusal(f"{self.dir} is in use by another process; use another --out") from None
+        return handle
 
-    def read_config(self) -> dict:
-        """config.json as a dict of Config's fields; Refusal where it is not one."""
+    def read_config(self) -> Config:
+        """The settings in config.json; Refusal where it is not what a run has written."""
         try:
             stored = json.loads(self.config.read_text())
-            known = {f.name: f.type for f in dataclasses.fields(Config)}
-            wrong = [name for name in {*stored, *known} if type(stored.get(name)) is not known.get(name)]
+            types = {f.name: f.type for f in dataclasses.fields(Config)}
+            wrong = [k for k in sorted({*stored, *types}) if type(stored.get(k)) is not types.get(k)]
         except (OSError, ValueError, TypeError) as error:
-            raise Refusal(f"{self.config} cannot be read ({error}); mend it or use another --out")
+            raise Refusal(f"{self.config}: {error}; mend it or use another --out") from None
         if wrong:
-            raise Refusal(f"{self.config}: wrong, missing or unknown field {', '.join(sorted(wrong))}; "
-                          f"mend it or use another --out")
-        return stored
+            raise Refusal(f"{self.config}: wrong, missing or unknown field {', '.join(wrong)}; mend it "
+                          "or use another --out")
+        return Config(**stored)
 
-    def agree(self, cfg: Config) -> None:
-        """Write config.json, or refuse settings that differ from those the run was started with."""
+    def agree(self, cfg: Config, names) -> None:
+        """Refuse values of the fields `names` that differ from those the run was started with."""
+        stored = self.read_config()
+        differ = [f"{k} (was {getattr(stored, k)}, now {getattr(cfg, k)})" for k in names
+                  if k not in ANYTIME and getattr(stored, k) != getattr(cfg, k)]
+        if differ:
+            raise Refusal(f"{self.dir} holds a run with other settings: {', '.join(differ)}; use another "
+                          "--out or --seed, or the old values")
+
+    def begin(self, cfg: Config) -> None:
+        """Write config.json, or compare with it."""
         if self.config.exists():
-            stored, given = self.read_config(), dataclasses.asdict(cfg)
-            differ = [f"{k} (was {stored[k]}, now {given[k]})" for k in given
-                      if k not in ANYTIME and stored[k] != given[k]]
-            if differ:
-                raise Refusal(f"{self.dir} holds a run with other settings: {', '.join(differ)}; use another "
-                              f"--out or --seed, or the old values")
+            self.agree(cfg, dataclasses.asdict(cfg))
         elif self.newest.exists() or self.older.exists():
-            raise Refusal(f"{self.config} is missing beside a checkpoint; put it back or use another --out")
+            raise Refusal(f"{self.config} is missing beside a checkpoint; use another --out")
         self._write(self.config, json.dumps(dataclasses.asdict(cfg), indent=1).encode())
 
-    def allocate(self, cfg: Config, weights: int, rows: int) -> None:
-        """Make room for every frame of the run, after a look at the free disk space.
+    def allocate(self, cfg: Config, rows: int, weights: int) -> None:
+        """Make room for the frames of all steps; Refusal where the disk is too full.
 
-        weights: numbers in the networks; rows: how many the checkpoint says there are.
+        rows: those that the checkpoint counts on; weights: numbers in the networks.
         """
         frame = cfg.image_size**2 * 3
-        have = self.frames.stat().st_size if self.frames.exists() else 0
+        have, all_frames = self.frames.stat().st_size if self.frames.exists() else 0, cfg.steps * frame
         if have < rows * frame:
-            raise Refusal(f"{self.frames} is too short for the checkpoint's {rows:,} steps; put it back or "
-                          f"use another --out")
-        need = max(0, cfg.steps * frame - have) + 3 * 16 * weights  # 3 files of weights, moments
+            raise Refusal(f"{self.frames} is too short for the checkpoint's {rows:,} steps; put it back "
+                          "or use another --out")
+        need = all_frames - have + 3 * 3 * 4 * weights  # three files of weights and two moments
         free = shutil.disk_usage(self.dir).free
-        if free < need:
-            raise Refusal(f"{self.dir} needs {need / 1e9:.2f} GB of disk for {cfg.steps:,} steps and has "
-                          f"{free / 1e9:.2f} GB; free some, or lower --steps")
+        if need > free:
+            raise Refusal(f"{self.dir}: {cfg.steps:,} steps need {need / 1e9:.2f} GB of disk and "
+                          f"{free / 1e9:.2f} GB are free; make room, or lower --steps")
         with open(self.frames, "ab") as file:
-            if hasattr(os, "posix_fallocate"):  # else a disk that fills up later would kill the process
-                os.posix_fallocate(file.fileno(), 0, max(have, cfg.steps * frame))
-            file.truncate(max(have, cfg.steps * frame))
+            if all_frames > have:
+                file.truncate(all_frames)
+                if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
+                    os.posix_fallocate(file.fileno(), 0, all_frames)
 
     def _write(self, path: Path, data) -> None:
-        """Write to a temporary file, flush to the disk, rename: the old file or the new, never a part."""
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
+        """Write, flush to the disk, rename: whatever happens, the old file or the new one is whole."""
+        with open(path.with_suffix(".tmp"), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(path.with_suffix(".tmp"), path)
 
     def save(self, checkpoint: dict) -> None:
-        """Write checkpoint.pt and keep the one before it."""
+        """Write checkpoint.pt; the one before it becomes checkpoint.prev.pt."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        fresh = self.dir / "checkpoint.new.pt"
+        fresh = self.dir / "checkpoint.new"
         self._write(fresh, buffer.getbuffer())
         if self.newest.exists():
             os.replace(self.newest, self.older)
         os.replace(fresh, self.newest)
 
-    def load(self, cfg: Config, device) -> dict | None:
-        """The newest checkpoint that is whole, or None where there is none yet."""
-        for path in (self.newest, self.older):
-            try:
-                # weights_only: a file from a stranger must not run code
+    def load(self, cfg: Config, device: torch.device) -> dict | None:
+        """The newest checkpoint that can be read; None where there is none; Refusal if all are broken."""
+        found = [path for path in (self.newest, self.older) if path.exists()]
+        for path in found:
+            try:  # weights_only: a file from a stranger must not run code
                 saved = torch.load(path, map_location=device, weights_only=True)
                 theirs = saved["config"]
-            except FileNotFoundError:
+            except Exception as error:  # a broken file can raise nearly anything
+                print(f"{path} is broken ({type(error).__name__}); trying the older one", file=sys.stderr)
                 continue
-            except Exception as error:  # a broken file raises nearly anything
-                print(f"{path} is broken ({type(error).__name__}); trying the one before it", file=sys.stderr)
-                continue
-            differ = [k for k in theirs if k not in ANYTIME and theirs[k] != getattr(cfg, k, None)]
+            ours = dataclasses.asdict(cfg)
+            differ = [k for k in ours if k not in ANYTIME | {"act_context"} and theirs.get(k) != ours[k]]
             if differ:
-                raise Refusal(f"{path} belongs to another run: {', '.join(differ)} differ from {self.config}")
+                raise Refusal(f"{path} is of another run: {', '.join(differ)} differ; put the right one back")
             return saved
-        if self.newest.exists() or self.older.exists():
+        if found:
             raise Refusal(f"no checkpoint in {self.dir} can be read; use another --out to start again")
         return None
 
@@ -1131,96 +1137,88 @@ class Run:
 def generators(device: torch.device) -> dict:
     """The state of every random generator."""
     name, keys, *rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=[name, keys.tolist(), *rest], torch=torch.get_rng_state(),
-                device=getattr(torch, device.type).get_rng_state() if device.type != "cpu" else None)
+    there = getattr(torch, device.type).get_rng_state() if device.type != "cpu" else None
+    return dict(python=random.getstate(), numpy=[name, keys.tolist(), *rest],
+                torch=torch.get_rng_state(), device=there)
 
 
 def set_generators(saved: dict, device: torch.device) -> None:
-    """Put every random generator back into the state of `generators`."""
+    """Put every random generator back."""
     random.setstate(saved["python"])
     np.random.set_state(tuple(saved["numpy"]))
     torch.set_rng_state(saved["torch"].cpu())
-    if saved["device"] is not None and device.type != "cpu":
+    if device.type != "cpu" and saved["device"] is not None:
         getattr(torch, device.type).set_rng_state(saved["device"].cpu())
 
 
 def human_normalised(game: str, score: float) -> float:
-    """(score - random) / (human - random), or NaN for a game without published scores."""
+    """(score - random) / (human - random) [6]; NaN for a game without published scores."""
     s = SCORES.get(game)
     return (score - s["random"]) / (s["human"] - s["random"]) if s else float("nan")
 
 
 def draw_curves(run: Run, game: str) -> None:
-    """curves.png from the two CSV files: the return first, then what explains it."""
+    """curves.png, from the two tables."""
     import matplotlib
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    with open(run.dir / "metrics.csv") as m, open(run.dir / "episodes.csv") as e:
-        metrics, episodes = list(csv.DictReader(m)), list(csv.DictReader(e))
-    figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
-    axes.flat[0].plot([int(r["step"]) for r in episodes], [float(r["return"]) for r in episodes], ".-", lw=0.5)
-    levels = SCORES.get(game) or {"best possible": GridWorld.best_return()}
-    for colour, name in zip("kgb", [n for n in ("random", "human", "Drama", "best possible") if n in levels]):
-        axes.flat[0].axhline(levels[name], ls="--", lw=1, color=colour, label=name)
-    axes.flat[0].legend(fontsize="small")
-    axes.flat[0].set_title(f"{game}: return of each episode")
-    panels = (("reconstruction",), ("dynamics", "representation", "kl"), ("reward", "termination"),
-              ("imagined_return", "imagined_value"), ("imagined_reward", "batch_reward"), ("policy_entropy",),
-              ("value", "slow_value"))
-    for axis, names in zip(axes.flat[1:], panels):
-        for name in names:
-            axis.plot([int(r["step"]) for r in metrics], [float(r[name]) for r in metrics], label=name, lw=1)
-        axis.set_title(", ".join(names), fontsize="medium")
+    from matplotlib import pyplot
+    tables = []
+    for name in ("episodes.csv", "metrics.csv"):
+        with open(run.dir / name) as file:
+            rows = list(csv.DictReader(file))
+        tables.append({k: [float(row[k]) for row in rows] for k in rows[0]} if rows else None)
+    panels = ("return", "reconstruction", "kl dynamics", "reward termination", "policy_entropy",
+              "imagined_return imagined_value", "imagined_reward batch_reward", "value slow_value")
+    figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    for axis, names in zip(axes.flat, panels):
+        table = tables[names != "return"]
+        for name in names.split() if table else ():
+            axis.plot(table["step"], table[name], lw=1, marker="." if name == "return" else "", label=name)
+        if names == "return":
+            levels = SCORES.get(game) or {"best possible": GridWorld.best_return()}
+            for i, (name, level) in enumerate(levels.items()):
+                axis.axhline(level, ls="--", lw=1, color=f"C{i + 1}", label=name)
+        axis.set(title=f"{game}, {names}", xlabel="environment steps")
         axis.legend(fontsize="small")
-    for axis in axes.flat:
-        axis.set_xlabel("environment steps")
-    figure.savefig(run.dir / "curves.new.png", dpi=80)
-    plt.close(figure)
-    os.replace(run.dir / "curves.new.png", run.dir / "curves.png")
+    figure.savefig(run.dir / "curves.tmp.png", dpi=80)
+    pyplot.close(figure)
+    os.replace(run.dir / "curves.tmp.png", run.dir / "curves.png")
 
 
 def draw_dreams(run: Run, cfg: Config, model: WorldModel, replay: Replay) -> None:
-    """dream.gif and dream.png: real frames, reconstruction and open-loop dream, for the same actions."""
+    """dream.gif and dream.png: real frames, reconstruction, open-loop dream, for the same actions."""
     from PIL import Image, ImageDraw
-    length, count, margin = cfg.context + cfg.picture_steps, 3, 14
+    length, windows, shown, margin = cfg.context + cfg.picture_steps, 3, 12, 14
     if replay.size < length:
         return
-    # windows without the opening of an episode inside, where there are such
-    opened = F.pad(replay.first[:replay.size].long().cumsum(0), (1, 0))
-    starts = torch.arange(replay.size - length + 1)
-    inside = opened[starts + length] - opened[starts + 1]
-    calm = starts[inside == inside.min()]
-    with torch.random.fork_rng([replay.device] if replay.device.type == "cuda" else []):  # no trace in the run
-        rows = calm[torch.randint(len(calm), (count,))][:, None] + torch.arange(length)
+    # where it can be had, a window in which no episode opens
+    opened = F.pad(replay.first[:replay.size].cumsum(0), (1, 0))
+    inside = opened[length:] - opened[1:replay.size - length + 2]
+    calm = (inside == inside.min()).nonzero()  # (n, 1)
+    with torch.random.fork_rng([replay.device] if replay.device.type == "cuda" else []):
+        rows = calm[torch.randint(len(calm), (windows,))] + torch.arange(length)
         batch = replay.batch(rows)
         model.eval()
-        seen = model.dream_along(batch, cfg.context)
-    kinds = [batch.frame, *((x.clamp(0, 1) * 255).byte().permute(0, 1, 3, 4, 2) for x in seen)]
-    tiles = np.stack([kind.cpu().numpy() for kind in kinds])  # (3, count, l, H, W, 3)
-    side = max(128, cfg.image_size)
-    names = ("real", "reconstruction", "dream")
+        pictures = [batch.frame, *((255 * x.permute(0, 1, 3, 4, 2)).byte()
+                                   for x in model.dream_along(batch, cfg.context))]
+    film = torch.stack(pictures).cpu().numpy()  # (3, windows, l, H, W, 3)
 
-    def sheet(rows_of_tiles, labels, title):
-        """A grid of frames with a label above each column, or beside each row if there are three rows."""
-        canvas = Image.new("RGB", (side * len(rows_of_tiles[0]), margin * 2 + side * len(rows_of_tiles)))
-        text = ImageDraw.Draw(canvas)
-        text.text((2, 1), title, fill="white")
-        for x, label in enumerate(labels):
-            text.text((2 + x * side, margin), label, fill="white")
-        for y, row in enumerate(rows_of_tiles):
-            for x, tile in enumerate(row):
-                image = Image.fromarray(tile).resize((side, side), Image.Resampling.NEAREST)
-                canvas.paste(image, (x * side, margin * 2 + y * side))
+    def sheet(grid, title):  # (rows, columns, H, W, 3)
+        r, c, h, w, _ = grid.shape
+        image = Image.fromarray(grid.swapaxes(1, 2).reshape(r * h, c * w, 3))
+        image = image.resize((c * 128, r * 128), Image.Resampling.NEAREST)
+        canvas = Image.new("RGB", (image.width, image.height + margin))
+        canvas.paste(image, (0, margin))
+        ImageDraw.Draw(canvas).text((2, 1), f"{cfg.game}, step {replay.size}: {title}", fill="white")
         return canvas
 
-    def title(t):
-        return f"{cfg.game} step {replay.size}: " + ("context" if t < cfg.context else "dreaming")
-
-    film = [sheet([tiles[:, i, t] for i in range(count)], names, f"{title(t)} t={t}") for t in range(length)]
-    film[0].save(run.dir / "dream.gif", save_all=True, append_images=film[1:], duration=120, loop=0)
-    times = np.linspace(0, length - 1, 12).astype(int)
-    sheet(tiles[:, 0, times], [f"t={t}" + (" context" if t < cfg.context else "") for t in times],
-          f"{cfg.game} step {replay.size}; rows: real, reconstruction, dream").save(run.dir / "dream.png")
+    gif = [sheet(film[:, :, t].swapaxes(0, 1), "real | reconstruction | dream"
+                 + (f", +{t - cfg.context + 1}" if t >= cfg.context else ", context"))
+           for t in range(length)]
+    gif[0].save(run.dir / "dream.gif", save_all=True, append_images=gif[1:], duration=120, loop=0)
+    times = np.linspace(0, length - 1, shown).astype(int)
+    sheet(film[:, 0, times], "rows real, reconstruction, dream; frames " + " ".join(map(str, times))
+          + f"; the first {cfg.context} are context").save(run.dir / "dream.png")
 
 
 # ---- 10 train, evaluate, main -------------------------------------------------------------------
@@ -1228,254 +1226,236 @@ def draw_dreams(run: Run, cfg: Config, model: WorldModel, replay: Replay) -> Non
 
 def choose_device(cfg: Config) -> torch.device:
     """The device asked for, or the best there is; Refusal where it is not to be had."""
+    if cfg.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else
+                            "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        if cfg.device == "auto":
-            best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            return torch.device(best.type if best and best.type in ("cuda", "mps") else "cpu")
-        torch.zeros(1, device=cfg.device)
-        return torch.device(cfg.device)
+        return torch.zeros(1, device=cfg.device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).splitlines()[0][:80]
-        raise Refusal(f"--device {cfg.device}: not on this machine ({why}); try --device cpu")
+        raise Refusal(f"--device {cfg.device}: not on this machine ({why}); try cpu") from None
 
 
-def choose_precision(cfg: Config, device: torch.device) -> torch.dtype:
-    """bfloat16 on CUDA; on a CPU only where a matmul of it is measured to be faster."""
-    if cfg.precision != "auto" or device.type == "mps":
-        return torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    seconds = {}
+def choose_precision(cfg: Config, device: torch.device) -> str:
+    """bfloat16 where the device has it: on CUDA by its word, on a CPU by a race of two matmuls."""
+    if cfg.precision != "auto":
+        return cfg.precision
+    if device.type != "cpu":
+        has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if has else "float32"
+    best = {}
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(512, 512, dtype=dtype, generator=torch.Generator())
-        seconds[dtype] = min(timed(lambda: x @ x) for _ in range(9))
-    return torch.bfloat16 if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else torch.float32
+        x, best[dtype] = torch.ones(512, 512, dtype=dtype), float("inf")
+        for _ in range(9):
+            start = time.perf_counter()
+            x @ x
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return "bfloat16" if 1.5 * best[torch.bfloat16] < best[torch.float32] else "float32"
 
 
-def timed(call) -> float:
-    """Seconds that a call takes."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def choose_scan(cfg: Config, device: torch.device) -> str:
-    """Put the compiled scan into Mamba2 where it is asked for and works; say which path runs."""
-    Mamba2.scan = staticmethod(ssd_scan)
+def compile_parts(cfg: Config, model: WorldModel, agent: ActorCritic, device: torch.device) -> str:
+    """Compile scan, dream step and losses where asked for; say which path the scan takes."""
     if cfg.compile == "off" or (cfg.compile == "auto" and device.type != "cuda"):
         return "eager"
-    try:
-        compiled = torch.compile(ssd_scan)
+    try:  # a small scan forward and backward tells whether there is a compiler that works
         x = torch.ones(2, 8, 1, 4, device=device, requires_grad=True)
-        compiled(x, x[..., 0], -x[0, 0, :, 0], x[:, :, 0], x[:, :, 0], 4)[0].sum().backward()
-        Mamba2.scan = staticmethod(compiled)
-        return "compiled"
-    except Exception as error:  # no compiler, no Triton: many kinds of failure, one way on
+        torch.compile(ssd_scan)(x, x[..., 0], -x[0, 0, :, 0], x[:, :, 0], x[:, :, 0], 4)[0].sum().backward()
+    except Exception as error:  # no compiler, no Triton, no Python headers: eager is the same code
         return f"eager (compiling failed: {type(error).__name__})"
+    for owner, name in ((model, "loss"), (model.sequence, "step"), (agent, "loss")):
+        setattr(owner, name, torch.compile(getattr(owner, name)))
+    return "compiled"
 
 
 def keep_freed_pages() -> None:
-    """Ask glibc not to hand big tensors back at every step: clearing fresh pages took half the time."""
+    """Ask glibc to keep freed memory: clearing fresh pages for every big tensor took half the time."""
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     try:
-        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
     except (AttributeError, OSError, TypeError):
-        pass  # no glibc here
+        pass  # not glibc
 
 
 class Interrupt:
     """Ctrl-C and SIGTERM: the first lets the step in hand end, the second leaves at once."""
 
     def __init__(self):
-        self.signal = 0
-        self.old = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.number = 0
+        self.old = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def _receive(self, number, _):
-        if self.signal:
+        if self.number:
             os._exit(128 + number)
-        self.signal = number
+        self.number = number
 
     def restore(self) -> None:
-        """Give the signals back to who had them."""
+        """Give the signals back."""
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
 
-def update_world_model(model, learner, replay, cfg, autocast) -> dict:
-    """One update on sequences drawn by DFS; the latents just computed are kept in the replay."""
+def update_world_model(cfg, model, learner, replay) -> dict:
+    """One update on sequences drawn by DFS -> metrics; the replay keeps their fresh latents."""
     batch = replay.batch(replay.draw_sequences())
     model.train()
-    with autocast():
-        losses, z, kl = model.loss(batch)
+    losses, z, kl = model.loss(batch)
     metrics = learner.step(losses, model.weights)
     replay.latent[batch.rows] = z.argmax(-1).byte().cpu()
     return {**metrics, "kl": kl.mean().item(), "batch_reward": batch.reward.mean().item()}
 
 
-def imagine_and_update(model, agent, learner, replay, cfg, autocast) -> dict:
-    """Dream from contexts drawn by DFS, then one update of actor and critic on the dreams."""
+def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
+    """Dream on from contexts drawn by DFS, then one update on the dreams -> metrics."""
     rows = replay.draw_contexts()
     model.eval()
-    with autocast():
-        if cfg.stored_latents:
-            z = model.one_hot(replay.latent[rows].to(replay.device))
-        else:
-            with torch.no_grad():
-                z = draw_one_hot(model.encode(replay.batch(rows).frame)).flatten(-2)
-        dream = model.imagine(agent.actor, z, replay.action[rows].to(replay.device),
-                              replay.first[rows].to(replay.device))
-        losses, metrics = agent.loss(dream)
-    metrics = {**learner.step(losses, agent.weights), **{k: v.item() for k, v in metrics.items()}}
+    if cfg.stored_latents:
+        z = model.one_hot(replay.latent[rows].to(replay.device))
+    else:
+        with torch.no_grad():
+            z = draw_one_hot(model.encode(replay.batch(rows).frame)).flatten(-2)
+    dream = model.imagine(agent.actor, z, replay.action[rows].to(replay.device),
+                          replay.first[rows].to(replay.device))
+    losses, metrics = agent.loss(dream)
+    means = learner.step(losses, agent.weights)
     agent.update_slow_critic()
-    metrics["actor_gradient_norm"] = metrics.pop("gradient_norm")
-    return metrics
-
-
-METRICS = ("reconstruction", "reward", "termination", "dynamics", "representation", "kl", "gradient_norm",
-           "batch_reward", "policy", "entropy", "value", "slow_value", "actor_gradient_norm", "imagined_return",
-           "imagined_reward", "imagined_value", "imagined_end", "return_scale", "policy_entropy")
+    means["actor_gradient_norm"] = means.pop("gradient_norm")
+    return {**means, **{name: x.item() for name, x in metrics.items()}}
 
 
 def train(cfg: Config, run: Run) -> int:
-    """Train until cfg.steps, from the checkpoint if there is one; return the exit code."""
+    """Train up to cfg.steps, on from the checkpoint if there is one; return the exit code."""
     device = choose_device(cfg)
     saved = run.load(cfg, device)
     at = saved["at"] if saved else dict(step=0, updates=0, episode=0, seconds=0.0, total=0.0, length=0,
-                                        first=True, precision=None, tables=[0, 0], last=None)
+                                        last=0.0, first=True, precision=None, tables=(0, 0), sums={})
     if at["step"] >= cfg.steps:
         print(f"{run.dir} is finished at step {at['step']:,}; to go on, give a larger --steps")
         return 0
-    random.seed(cfg.seed)
-    np.random.seed(cfg.seed)
-    torch.manual_seed(cfg.seed)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(cfg.seed)
     env = make_env(cfg.game, 1, cfg.image_size)
+    frame = env.reset(seed=cfg.seed + at["step"])[0]
     num_actions = int(env.single_action_space.n)
-    model = WorldModel(cfg, num_actions).to(device)
+    model = WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
     agent = ActorCritic(cfg, num_actions).to(device)
     model_learner, agent_learner = make_learners(cfg, model, agent)
-    run.allocate(cfg, sum(p.numel() for p in [*model.parameters(), *agent.parameters()]), at["step"])
+    run.allocate(cfg, at["step"], sum(p.numel() for p in [*model.parameters(), *agent.parameters()]))
     replay = Replay(run.frames, cfg, device)
     player = Player(cfg, model, agent, 1, device)
     parts = dict(model=model, agent=agent, model_learner=model_learner, agent_learner=agent_learner,
                  replay=replay, player=player)
-    frame = env.reset(seed=cfg.seed + at["step"])[0]
     if hasattr(env, "state_dict"):
         parts["env"] = env
-    else:
-        at.update(first=True, total=0.0, length=0)  # Atari goes on with a fresh episode
     if saved:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         set_generators(saved["generators"], device)
-        frame = np.array(saved["frame"].cpu()) if "env" in parts else frame
-    at["precision"] = at["precision"] or str(choose_precision(cfg, device))
-    dtype = getattr(torch, at["precision"].split(".")[1])
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-    metrics_csv = Table(run.dir / "metrics.csv", ["step", "seconds", "updates", *METRICS], at["tables"][0])
-    episodes_csv = Table(run.dir / "episodes.csv", ["step", "seconds", "episode", "return", "length",
-                                                    "human_normalised"], at["tables"][1])
-    introduce(cfg, run, model, agent, device, at, choose_scan(cfg, device))
-    sums, begun = saved["sums"] if saved else {}, time.perf_counter() - at["seconds"]
-    drawn = stored = time.perf_counter()
+        if "env" in parts:
+            frame = saved["frame"].cpu().numpy()
+        else:  # Atari cannot be put back into the middle of an episode: a new one opens
+            at.update(first=True, total=0.0, length=0)
+    at["precision"] = at["precision"] or choose_precision(cfg, device)
+    scan = compile_parts(cfg, model, agent, device)
+    metrics_csv, episodes_csv = (Table(run.dir / f"{name}.csv", length)
+                                 for name, length in zip(("metrics", "episodes"), at["tables"]))
+    introduce(cfg, run, model, agent, f"{device}, {at['precision']}, scan {scan}", at["step"])
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=at["precision"] == "bfloat16")
+    begun = time.perf_counter() - at["seconds"]
+    stored = drawn = time.perf_counter()
     interrupt = Interrupt()
 
     def save():
-        at.update(tables=[metrics_csv.length(), episodes_csv.length()], seconds=time.perf_counter() - begun)
-        run.save(dict(config=dataclasses.asdict(cfg), at=at, sums=sums, frame=torch.from_numpy(frame),
+        at.update(seconds=time.perf_counter() - begun, tables=(metrics_csv.length(), episodes_csv.length()))
+        run.save(dict(config=dataclasses.asdict(cfg), at=at, frame=torch.from_numpy(frame),
                       generators=generators(device), **{k: part.state_dict() for k, part in parts.items()}))
-
-    def draw():
-        metrics_csv.file.flush()
-        draw_curves(run, cfg.game)
-        draw_dreams(run, cfg, model, replay)
 
     bar = tqdm(total=cfg.steps, initial=at["step"], unit="step", smoothing=0.05, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 30)
     try:
-        while at["step"] < cfg.steps and not interrupt.signal:
+        while at["step"] < cfg.steps and not interrupt.number:
             # ACT
             model.eval()
-            seen = torch.from_numpy(frame[:, 0]).to(device)
-            first = torch.tensor([at["first"]], device=device)
-            with autocast():
-                action, latent = player.act(seen, first, at_random=at["step"] < cfg.warmup)
-            following, reward, terminated, truncated, info = env.step(action.cpu().numpy())
+            with autocast:
+                action, latent = player.act(torch.from_numpy(frame[:, 0]).to(device),
+                                            torch.tensor([at["first"]], device=device),
+                                            at_random=at["step"] < cfg.warmup)
+            action = action.cpu().numpy()
+            following, reward, terminated, truncated, info = env.step(action)
 
             # STORE
-            replay.add(frame[0, 0], action, reward[0], terminated[0], at["first"], latent[0].cpu())
-            at["step"] += 1
-            at["total"] += float(reward[0])
-            at["length"] += 1
-            at["first"] = bool(episode_over(terminated, truncated, info)[0])
-            seconds = time.perf_counter() - begun
+            replay.add(frame[0, 0], action[0], reward[0], terminated[0], at["first"], latent[0].cpu())
+            at.update(step=at["step"] + 1, length=at["length"] + 1, total=at["total"] + float(reward[0]),
+                      first=bool(episode_over(terminated, truncated, info)[0]))
             if at["first"]:
-                following = env.step(action.cpu().numpy())[0]  # the autoreset step: not a transition
+                following = env.step(action)[0]  # the autoreset step: not a transition
                 at.update(episode=at["episode"] + 1, last=at["total"])
-                episodes_csv.row({"step": at["step"], "seconds": seconds, "episode": at["episode"],
-                                  "return": at["total"], "length": at["length"],
-                                  "human_normalised": human_normalised(cfg.game, at["total"])})
+                episodes_csv.row(**{"step": at["step"], "seconds": time.perf_counter() - begun,
+                                    "episode": at["episode"], "return": at["total"], "length": at["length"],
+                                    "human_normalised": human_normalised(cfg.game, at["total"])})
                 at.update(total=0.0, length=0)
             frame = following
 
             if at["step"] >= cfg.warmup and at["step"] % cfg.train_every == 0:
-                # TRAIN WORLD MODEL
-                metrics = update_world_model(model, model_learner, replay, cfg, autocast)
-                # IMAGINE, TRAIN ACTOR-CRITIC
-                metrics |= imagine_and_update(model, agent, agent_learner, replay, cfg, autocast)
+                with autocast:
+                    # TRAIN WORLD MODEL
+                    metrics = update_world_model(cfg, model, model_learner, replay)
+                    # IMAGINE, TRAIN ACTOR-CRITIC
+                    metrics |= update_actor_critic(cfg, model, agent, agent_learner, replay)
                 at["updates"] += 1
-                for name, value in metrics.items():
-                    sums[name] = sums.get(name, 0.0) + value
-                sums["count"] = sums.get("count", 0) + 1
+                at["sums"] = {k: v + at["sums"].get(k, 0.0) for k, v in {**metrics, "count": 1}.items()}
 
             # LOG
+            if at["step"] % cfg.log_every == 0 and at["sums"]:
+                count = at["sums"].pop("count")
+                means = {name: total / count for name, total in at["sums"].items()}
+                metrics_csv.row(step=at["step"], seconds=time.perf_counter() - begun,
+                                updates=at["updates"], **means)
+                at["sums"] = {}
+                bar.set_postfix_str("return {:g}, reconstruction {:.1f}, kl {:.2f}, dreamt {:.2f}".format(
+                    at["last"], *(means[k] for k in ("reconstruction", "kl", "imagined_return"))))
             bar.update()
-            if at["step"] % cfg.log_every == 0 and sums:
-                means = {name: sums[name] / sums["count"] for name in METRICS}
-                metrics_csv.row(dict(step=at["step"], seconds=seconds, updates=at["updates"], **means))
-                sums.clear()
-                bar.set_postfix_str(f"return {at['last']} rec {means['reconstruction']:.1f} "
-                                    f"kl {means['kl']:.2f} dream {means['imagined_return']:.2f} "
-                                    f"ent {means['policy_entropy']:.2f}", refresh=False)
-            if time.perf_counter() - drawn > cfg.draw_every:
-                draw()
-                drawn = time.perf_counter()
             # SAVE
             if time.perf_counter() - stored > cfg.save_every:
                 save()
                 stored = time.perf_counter()
+            if time.perf_counter() - drawn > cfg.draw_every:
+                draw_curves(run, cfg.game)
+                draw_dreams(run, cfg, model, replay)
+                drawn = time.perf_counter()
         save()
-        draw()
+        draw_curves(run, cfg.game)
+        draw_dreams(run, cfg, model, replay)
     except FloatingPointError as error:
-        raise Refusal(f"{error} is not finite at step {at['step']:,}; this update was not applied. {run.newest} "
-                      f"is from before it: go on from there, with lower learning rates", code=1)
+        raise Refusal(f"{error} is not finite at step {at['step']:,}: stopped before that update; "
+                      f"{run.newest} is from before it, to go on from or to leave for another --out with "
+                      "lower learning rates", code=1) from None
     finally:
         bar.close()
         interrupt.restore()
-    if interrupt.signal:
-        print(f"stopped at step {at['step']:,}, all kept in {run.dir}; the same command goes on", file=sys.stderr)
-        return 128 + interrupt.signal
-    print(f"finished {cfg.steps:,} steps in {at['seconds'] / 60:.1f} minutes; see {run.dir}")
+    if interrupt.number:
+        print(f"stopped at step {at['step']:,}; the same command goes on from there", file=sys.stderr)
+        return 128 + interrupt.number
+    print(f"finished {cfg.steps:,} steps in {at['seconds'] / 60:.1f} minutes: {run.dir}")
     return 0
 
 
-def introduce(cfg, run, model, agent, device, at, scan) -> None:
+def introduce(cfg, run, model, agent, machine, step) -> None:
     """Say what is about to happen."""
-    def count(*modules):
+    def size(*modules):
         return f"{sum(p.numel() for module in modules for p in module.parameters()):,}"
-    print(f"Drama on {cfg.game}: preset {cfg.preset}, {cfg.steps:,} steps, seed {cfg.seed}\n"
-          f"device {device}, {torch.get_num_threads()} threads, {at['precision'].split('.')[1]}, scan {scan}\n"
-          f"parameters: world model {count(model)} = encoder {count(model.encoder)} + decoder "
-          f"{count(model.decoder)} + posterior and prior {count(model.posterior, model.prior)} + sequence model "
-          f"{count(model.sequence)} + reward {count(model.reward)} + termination {count(model.termination)}; "
-          f"actor {count(agent.actor)}, critic {count(agent.critic)}\n"
-          f"run folder {run.dir}: " + (f"going on from step {at['step']:,}" if at["step"] else "new")
-          + f"; learning starts at step {cfg.warmup:,}")
+
+    print(f"Drama on {cfg.game}: preset {cfg.preset}, seed {cfg.seed}, {machine}, "
+          f"{torch.get_num_threads()} threads\n"
+          f"parameters: world model {size(model)} = encoder {size(model.encoder)} + decoder "
+          f"{size(model.decoder)} + posterior and prior {size(model.posterior, model.prior)} + sequence "
+          f"model {size(model.sequence)} + reward {size(model.reward)} + termination "
+          f"{size(model.termination)}; actor {size(agent.actor)}, critic {size(agent.critic)}\n"
+          f"run folder {run.dir}: " + (f"going on from step {step:,}" if step else "new")
+          + f" to {cfg.steps:,}; random steps until {cfg.warmup:,}, then learning starts", flush=True)
     if cfg.game == "GridWorld":
-        print(f"best possible return, by breadth-first search: {GridWorld.best_return():.2f} an episode")
+        print(f"best possible return (breadth-first search): {GridWorld.best_return():.2f}", flush=True)
 
 
 @torch.no_grad()
@@ -1489,35 +1469,35 @@ def evaluate(cfg: Config, run: Run) -> int:
     n = min(cfg.eval, cfg.eval_envs)
     env = make_env(cfg.game, n, cfg.image_size)
     num_actions = int(env.single_action_space.n)
-    model, agent = WorldModel(cfg, num_actions).to(device).eval(), ActorCritic(cfg, num_actions).to(device)
+    model, agent = WorldModel(cfg, num_actions).to(device), ActorCritic(cfg, num_actions).to(device)
     model.load_state_dict(saved["model"])
     agent.load_state_dict(saved["agent"])
-    player = Player(cfg, model, agent, n, device)
-    # every environment plays a fixed share: the first N to end would favour short episodes
-    share = [cfg.eval // n + (i < cfg.eval % n) for i in range(n)]
-    scores, total = [[] for _ in range(n)], np.zeros(n)
-    frame, over = env.reset(seed=cfg.seed + 2**30)[0], np.ones(n, bool)
-    first = over
+    player = Player(cfg, model.eval(), agent, n, device)
+    # every environment plays its share: the first N to end would favour short episodes
+    share = [len(range(i, cfg.eval, n)) for i in range(n)]
+    scores, totals = [[] for _ in range(n)], np.zeros(n)
+    frame, first, over = env.reset(seed=cfg.seed)[0], np.ones(n, bool), np.zeros(n, bool)
     with tqdm(total=cfg.eval, unit="episode") as bar:
         while any(len(s) < k for s, k in zip(scores, share)):
-            action, _ = player.act(torch.from_numpy(frame[:, 0]).to(device), torch.from_numpy(first).to(device))
+            action, _ = player.act(torch.from_numpy(frame[:, 0]).to(device),
+                                   torch.from_numpy(first).to(device))
             frame, reward, terminated, truncated, info = env.step(action.cpu().numpy())
-            first = over if first is not over else np.zeros(n, bool)
-            over = episode_over(terminated, truncated, info)
-            total += reward
+            first, over = over, episode_over(terminated, truncated, info)  # the step after an end resets
+            totals += reward
             for i in np.flatnonzero(over):
                 if len(scores[i]) < share[i]:
-                    scores[i].append(float(total[i]))
+                    scores[i].append(totals[i])
                     bar.update()
-                total[i] = 0
-    scores = sum(scores, [])
-    print(f"{cfg.game}, {cfg.eval} episodes at step {saved['at']['step']:,}: mean {np.mean(scores):.2f}, "
-          f"standard deviation {np.std(scores):.2f}\nscores: {' '.join(f'{s:g}' for s in scores)}")
+                totals[i] = 0
+    scores = np.concatenate(scores)
+    print(f"{cfg.game} at step {saved['at']['step']:,}, {cfg.eval} episodes: mean {scores.mean():.2f}, "
+          f"standard deviation {scores.std():.2f}\nscores: {' '.join(f'{s:g}' for s in scores)}")
     if cfg.game in SCORES:
-        others = ", ".join(f"{k} {v:g} ({human_normalised(cfg.game, v):.2f})" for k, v in SCORES[cfg.game].items())
-        print(f"human-normalised {human_normalised(cfg.game, np.mean(scores)):.3f}; published: {others}")
-    elif cfg.game == "GridWorld":
-        print(f"{np.mean(scores) / GridWorld.best_return():.1%} of the best possible {GridWorld.best_return():.2f}")
+        print(f"human-normalised {human_normalised(cfg.game, scores.mean()):.3f}; published: " + ", ".join(
+            f"{k} {v:g} ({human_normalised(cfg.game, v):.3f})" for k, v in SCORES[cfg.game].items()))
+    if cfg.game == "GridWorld":
+        best = GridWorld.best_return()
+        print(f"{scores.mean() / best:.1%} of the best possible return, {best:.2f}")
     return 0
 
 
@@ -1525,51 +1505,55 @@ class Parser(argparse.ArgumentParser):
     """argparse, with one line for an error."""
 
     def error(self, message):
-        """Say what is wrong."""
-        raise Refusal(f"{message}; --help lists every setting")
+        """Refuse a command line."""
+        raise Refusal(f"{message}; see --help")
+
+
+def boolean(text: str) -> bool:
+    """true or false."""
+    return dict(true=True, false=False)[text.lower()]
 
 
 def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
-    """Command line -> Config (defaults, then the preset, then the flags) and the names of the flags given."""
+    """Command line -> Config (defaults, then the preset, then flags) and the names of the flags given."""
     parser = Parser("drama.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
-        text = f"{f.metadata['help']} ({f.default!r}"
-        text += f"; laptop {PRESETS['laptop'][f.name]!r})" if f.name in PRESETS["laptop"] else ")"
-        kind = (lambda s: dict(true=True, false=False)[s.lower()]) if f.type is bool else f.type
-        parser.add_argument(f"--{f.name}", type=kind, metavar=f.type.__name__.upper(), help=text.replace("%", "%%"))
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+        laptop = f"; laptop {PRESETS['laptop'][f.name]}" if f.name in PRESETS["laptop"] else ""
+        parser.add_argument(f"--{f.name}", type=boolean if f.type is bool else f.type, default=argparse.SUPPRESS,
+                            metavar=f.type.__name__, help=f"{f.metadata['help']} ({f.default}{laptop})")
+    given = vars(parser.parse_args(argv))
     preset = given.get("preset", "auto")
     if preset == "auto":
         preset = "paper" if torch.cuda.is_available() else "laptop"
-    cfg = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
-    return cfg, set(given)
+    return Config(**{**PRESETS.get(preset, {}), **given, "preset": preset}), set(given)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run a command line; return the exit code."""
     keep_freed_pages()
+    code = 2
     try:
         cfg, given = parse(argv)
         validate(cfg)
         run = Run(cfg)
-        if cfg.game != "GridWorld":
-            rom_name(cfg.game)
         if cfg.eval:
-            stored = Config(**run.read_config())
-            changed = {name: getattr(cfg, name) for name in given & ANYTIME}
-            return evaluate(dataclasses.replace(stored, **changed), run)
-        run.lock()
-        run.agree(cfg)
-        return train(cfg, run)
+            run.agree(cfg, given - {"act_context"})
+            flags = {name: getattr(cfg, name) for name in given & (ANYTIME | {"act_context"})}
+            return evaluate(dataclasses.replace(run.read_config(), **flags), run)
+        with run.lock():
+            run.begin(cfg)
+            return train(cfg, run)
     except Refusal as error:
         message, code = str(error), error.code
+    except KeyboardInterrupt:
+        message, code = "stopped before the first step", 130
     except OSError as error:
-        message, code = f"{error.strerror}: {error.filename or 'no room for a file'}; the checkpoint is whole", 2
+        message = f"{error.filename or 'a file'}: {error.strerror}; the checkpoints are as they were"
     except (MemoryError, RuntimeError) as error:
-        if not any(word in str(error) for word in ("out of memory", "allocate memory")):
+        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
             raise
-        message, code = f"out of memory ({str(error)[:80]}); lower the sizes, see --help", 2
+        message = f"out of memory ({str(error)[:80]}); lower the sizes, see --help"
     print(f"drama.py: {message}", file=sys.stderr)
     return code
 
