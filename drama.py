@@ -5,12 +5,12 @@
     python drama.py --game Pong --eval 20             play 20 episodes from the checkpoint
     python drama.py --help                            every setting, one line each
 
-A discrete VAE turns frames into latents; Mamba-2, as the chunked scan of state space duality, predicts
-the next latent, the reward and the end; actor and critic learn on predicted futures alone; dynamic
+A discrete VAE turns frames into latents; Mamba-2, as the chunked scan of [2], predicts the next
+latent, the reward and the end; actor and critic learn on predicted futures alone; dynamic
 frequency-based sampling (DFS) chooses what to train on and where to dream from.
 
-Sources: [1] Drama, arXiv 2410.08893v4. [2] Mamba-2/SSD, arXiv 2405.21060. [3] Mamba, arXiv 2312.00752.
-[4] DreamerV3, arXiv 2301.04104. [5] STORM, arXiv 2310.09615. [6] SimPLe, arXiv 1903.00374.
+Sources: [1] Drama, arXiv 2410.08893v4. [2] Mamba-2 (SSD), arXiv 2405.21060. [3] Mamba, arXiv
+2312.00752. [4] DreamerV3, arXiv 2301.04104. [5] STORM, arXiv 2310.09615. [6] SimPLe, 1903.00374.
 
     code          paper    shape                 meaning
     frame         o_t      (b, l, H, W, 3)       what the player sees, uint8
@@ -68,13 +68,13 @@ class Refusal(Exception):
 
 
 def opt(default, text: str, low=None, high=None, choices=None):
-    """A Config field: default of preset `paper`, the line for --help, and what values are allowed."""
+    """A Config field: default of preset `paper`, the line for --help, the values allowed."""
     return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting. The defaults are preset `paper`, the figures of [1]; PRESETS holds the others."""
+    """Every setting. The defaults are preset `paper`, the figures of [1]; see PRESETS."""
 
     game: str = opt("Pong", "a game of ALE, such as Pong, or GridWorld")
     preset: str = opt("auto", "sizes and rates; auto: paper on CUDA, laptop elsewhere",
@@ -83,7 +83,7 @@ class Config:
     seed: int = opt(0, "seed of every random generator", 0, 2**31 - 1)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
     out: str = opt("", "run folder; empty: runs/<game>-<seed>")
-    eval: int = opt(0, "play this many episodes from the checkpoint instead of training", 0, 100_000)
+    eval: int = opt(0, "play so many episodes from the checkpoint, do not train", 0, 100_000)
     eval_envs: int = opt(4, "environments that play at once in --eval", 1, 256)
     # frames and latents
     image_size: int = opt(64, "height and width of a frame", 8, 256)
@@ -133,7 +133,7 @@ class Config:
     actor_lr: float = opt(3e-5, "actor and critic: learning rate", 1e-8, 1.0)
     actor_eps: float = opt(1e-5, "actor and critic: Adam's epsilon", 1e-12, 1.0)
     actor_clip: float = opt(100.0, "actor and critic: largest gradient norm", 1e-3, 1e9)
-    act_context: int = opt(16, "steps from which acting rebuilds its state; 0: carry it on", 0, 1024)
+    act_context: int = opt(16, "steps that acting rebuilds its state from; 0: carry it", 0, 1024)
     # machine, keeping, showing
     precision: str = opt("auto", "auto: bfloat16 on CUDA, on a CPU only where it measures faster",
                          choices=("auto", "float32", "bfloat16"))
@@ -175,14 +175,16 @@ ANYTIME = {"steps", "device", "out", "eval", "eval_envs", "compile", "save_every
 PRESETS = {
     "paper": {},
     "laptop": dict(
-        cnn_width=32, first_stride=4, categoricals=16, classes=16, d_model=256, head_units=128,
-        batch_length=32, train_every=4, dreams=96, horizon=15, stored_latents=True, critic_units=256,
-        hidden_layers=2, model_lr=4e-4, actor_lr=1e-4, entropy=1e-3, lr_warmup=100),
+        cnn_width=16, first_stride=4, categoricals=16, classes=16, d_model=256, head_units=128,
+        batch_length=32, train_every=4, dreams=96, horizon=15, stored_latents=True,
+        critic_units=256, hidden_layers=2, model_lr=4e-4, actor_lr=1e-4, entropy=1e-3,
+        lr_warmup=100),
     "tiny": dict(
-        image_size=16, cnn_width=4, first_stride=2, categoricals=4, classes=6, d_model=16, headdim=8,
-        d_state=4, chunk_size=4, head_units=16, bins=41, batch_size=3, batch_length=10, warmup=40,
-        train_every=8, dreams=7, context=4, horizon=5, stored_latents=True, actor_units=16,
-        critic_units=16, hidden_layers=1, lr_warmup=10, log_every=20, picture_steps=12),
+        image_size=16, cnn_width=4, first_stride=2, categoricals=4, classes=6, d_model=16,
+        headdim=8, d_state=4, chunk_size=4, head_units=16, bins=41, batch_size=3, batch_length=10,
+        warmup=40, train_every=8, dreams=7, context=4, horizon=5, stored_latents=True,
+        actor_units=16, critic_units=16, hidden_layers=1, lr_warmup=10, log_every=20,
+        picture_steps=12),
 }
 
 
@@ -196,8 +198,8 @@ def validate(cfg: Config) -> None:
             raise Refusal(f"--{f.name} {value}: must lie from {m['low']} to {m['high']}")
     size = cfg.image_size // cfg.first_stride // 2 ** (len(cfg.cnn) - 1)
     if size != CNN_MAP or cfg.image_size % (cfg.first_stride * 2 ** (len(cfg.cnn) - 1)):
-        raise Refusal(f"--image_size {cfg.image_size} --first_stride {cfg.first_stride}: the size over the "
-                      f"stride must be 4, 8, 16, 32 or 64")
+        raise Refusal(f"--image_size {cfg.image_size} --first_stride {cfg.first_stride}: size over "
+                      "stride must be 4, 8, 16, 32 or 64")
     if cfg.expand * cfg.d_model % cfg.headdim:
         raise Refusal(f"--headdim {cfg.headdim}: does not divide expand * d_model = "
                       f"{cfg.expand * cfg.d_model}")
@@ -211,9 +213,10 @@ def validate(cfg: Config) -> None:
 
 # ---- 2 Environments -----------------------------------------------------------------------------
 
-# Atari 100k, mean scores: random and human as in [6]; DramaXS [1], DreamerV3 [4] and STORM [5] as published.
+# Atari 100k, mean scores as published in [6], [1] (DramaXS), [4] and [5].
 COLUMNS = ("random", "human", "Drama", "DreamerV3", "STORM")
-SCORES = {row.split()[0]: dict(zip(COLUMNS, map(float, row.split()[1:]))) for row in re.split(r"[|\n]", """\
+SCORES = {game: dict(zip(COLUMNS, map(float, scores))) for game, *scores in map(str.split, re.split(
+    r"[|\n]", """\
     Alien 227.8 7127.7 820 978.4 983.6            | Amidar 5.8 1719.5 131 94.3 204.8
     Assault 222.4 742 539 629.8 801               | Asterix 210 8503.3 1632 955.3 1028
     BankHeist 14.2 753.1 137 320.5 641.2          | BattleZone 2360 37187.5 10860 18335.7 13540
@@ -226,21 +229,23 @@ SCORES = {row.split()[0]: dict(zip(COLUMNS, map(float, row.split()[1:]))) for ro
     KungFuMaster 258.5 22736.3 23920 23301.7 26182| MsPacman 307.3 6951.6 2270 1525.8 2673.5
     Pong -20.7 14.6 15 -4.2 11.3                  | PrivateEye 24.9 69571.3 90 3086.7 7781
     Qbert 163.9 13455 796 2066.1 4522.5           | RoadRunner 11.5 7845 14020 18196.9 17564
-    Seaquest 68.4 42054.7 497 815.5 525.2         | UpNDown 533.4 11693.2 7387 43777.6 7985""")}
+    Seaquest 68.4 42054.7 497 815.5 525.2         | UpNDown 533.4 11693.2 7387 43777.6 7985"""))}
 
 
 def rom_name(game: str) -> str:
-    """ALE's name of a game, MsPacman -> ms_pacman; Refusal with the nearest names if there is none."""
-    roms = {"".join(map(str.capitalize, rom.split("_"))): rom for rom in ale_py.roms.get_all_rom_ids()}
+    """ALE's name of a game, MsPacman -> ms_pacman; Refusal, with the nearest names, if none."""
+    ids = ale_py.roms.get_all_rom_ids()
+    roms = {"".join(map(str.capitalize, rom.split("_"))): rom for rom in ids}
     if game not in roms:
         lower = {name.lower(): name for name in [*roms, "GridWorld"]}
         near = [lower[n] for n in difflib.get_close_matches(game.lower(), lower, n=3, cutoff=0.4)]
-        raise Refusal(f"--game {game}: no such game" + f"; did you mean {', '.join(near)}?" * bool(near))
+        hint = f"; did you mean {', '.join(near)}?" if near else "; try Pong or GridWorld"
+        raise Refusal(f"--game {game}: no such game" + hint)
     return roms[game]
 
 
 def make_env(game: str, num_envs: int, image_size: int) -> VectorEnv:
-    """A vector environment: frames (n, 1, H, W, 3) uint8, rewards and ends (n,), NEXT_STEP autoreset.
+    """A vector environment: frames (n, 1, H, W, 3) uint8, rewards, ends (n,), NEXT_STEP autoreset.
 
     Atari follows [6]: frame skip 4, maximum of the last two frames, no sticky actions, the minimal
     action set, raw rewards. A lost life shows as `terminated` (what is learnt), not as an end.
@@ -262,8 +267,8 @@ def episode_over(terminated: np.ndarray, truncated: np.ndarray, info: dict) -> n
 class GridWorld(VectorEnv):
     """The grid world of [1]: 5x5, the outer 16 cells black walls, a red agent, a yellow goal.
 
-    Actions: up, down, left, right; a wall stops the agent. Reaching the goal gives reward 1 and places
-    both anew, on two different cells of the 3x3 middle. Episodes of 64 steps end by truncation.
+    Actions: up, down, left, right; a wall stops the agent. Reaching the goal gives reward 1 and
+    places both anew, on two cells of the 3x3 middle. Episodes of 64 steps end by truncation.
     """
 
     SIDE, STEPS, MOVES = 3, 64, ((-1, 0), (1, 0), (0, -1), (0, 1))
@@ -298,7 +303,7 @@ class GridWorld(VectorEnv):
         return self._frames(), {"lives": np.zeros(self.num_envs, np.int64)}
 
     def step(self, actions):
-        """One step; the step after an end ignores the action and returns the next episode's frame."""
+        """One step; the step after an end ignores the action and opens the next episode."""
         reward = np.zeros(self.num_envs, np.int64)
         for i, action in enumerate(actions):
             if self.time[i] == self.STEPS:
@@ -326,7 +331,7 @@ class GridWorld(VectorEnv):
 
     @classmethod
     def best_return(cls) -> float:
-        """Expected return of a perfect player: breadth-first search, then recursion over steps left."""
+        """Expected return of a perfect player: breadth-first search, then steps left."""
         cells = [(y, x) for y in range(cls.SIDE) for x in range(cls.SIDE)]
         distances = []
         for goal in cells:
@@ -359,7 +364,7 @@ class Batch(NamedTuple):
 
 
 def gumbel(like: Tensor) -> Tensor:
-    """Gumbel noise: argmax(logits + gumbel) draws from softmax(logits), top k without replacement."""
+    """Gumbel noise: argmax(logits + noise) draws from softmax(logits), top k draws k distinct."""
     tiny = torch.finfo(torch.float32).tiny
     return -torch.empty_like(like, dtype=torch.float32).exponential_().clamp_min(tiny).log()
 
@@ -370,13 +375,13 @@ def dfs_sequence_logits(v: Tensor, temperature: float) -> Tensor:
 
 
 def dfs_dream_logits(v: Tensor, b: Tensor, s: float, temperature: float) -> Tensor:
-    """P(i) = softmax(min(0, v_i - b_i / s) / temperature): hold back what was dreamt from more often
-    than it was trained on [1]."""
+    """P(i) = softmax(min(0, v_i - b_i / s) / temperature): hold back what was dreamt from more
+    often than it was trained on [1]."""
     return (v - b / s).clamp(max=0) / temperature
 
 
 class Replay:
-    """All that was seen, one row an environment step, in the order of time; the frames lie in a file.
+    """All that was seen, a row an environment step, in the order of time; frames lie in a file.
 
         row        t             t+1           t+2
         frame      o_t           o_t+1         o_t+2    the frame that a_t answers
@@ -385,9 +390,9 @@ class Replay:
         first      1             0             0        o_t opens an episode
         predicted  z_t+1,r_t,e_t    z_t+2, …            from d_t = f(z_0,a_0 … z_t,a_t)
 
-    An episode's closing frame follows its last action, has no action of its own and gets no row; the
-    next row opens the next episode. Windows may cross that line: `first` clears the model's state there.
-    The buffer holds the whole run, so it has no seam.
+    An episode's closing frame has no action and gets no row; the next row opens the next episode.
+    Windows may cross that line: `first` clears the model's state there. The buffer holds the whole
+    run, so it has no seam.
     """
 
     COLUMNS = ("action", "reward", "terminated", "first", "latent", "v", "b")
@@ -400,7 +405,7 @@ class Replay:
         self.reward = torch.zeros(rows)
         self.terminated = torch.zeros(rows, dtype=torch.bool)
         self.first = torch.zeros(rows, dtype=torch.bool)
-        self.latent = torch.zeros(rows, cfg.categoricals, dtype=torch.uint8)  # classes, last encoding
+        self.latent = torch.zeros(rows, cfg.categoricals, dtype=torch.uint8)  # classes
         self.v = torch.zeros(rows, dtype=torch.int32)
         self.b = torch.zeros(rows, dtype=torch.int32)
 
@@ -464,7 +469,7 @@ def symexp(x: Tensor) -> Tensor:
 
 
 class TwoHot(nn.Module):
-    """Numbers as distributions over evenly spaced symlog bins [4]: x in raw units, logits (..., bins)."""
+    """Numbers as distributions over evenly spaced symlog bins [4]: x (...), logits (..., bins)."""
 
     def __init__(self, bins: int, limit: float):
         super().__init__()
@@ -520,7 +525,7 @@ def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lam:
     """R_t = r_t + gamma (1 - e_t) ((1 - lam) V_{t+1} + lam R_{t+1}), R_H = V_H [4].
 
     reward, end (b, H); value (b, H+1) -> (b, H). NOTE(1): the published code has V_t for V_{t+1}.
-    Example: r = (1, 1), e = 0, V = (9, 2, 4), gamma = lam = 0.5: R_1 = 3, R_0 = 1 + 0.5 (1 + 1.5) = 2.25.
+    Example: r = (1, 1), e = 0, V = (9, 2, 4), gamma = lam = 0.5: R_1 = 3, R_0 = 1 + 0.5 (1 + 1.5).
     """
     R, out = value[:, -1], []
     for r, e, v in zip(*(x.unbind(1)[::-1] for x in (reward, end, value[:, 1:]))):
@@ -549,48 +554,48 @@ class Decoder(nn.Sequential):
 
     def __init__(self, cfg: Config):
         widths, strides = zip(*cfg.cnn)
-        layers = [nn.Linear(cfg.d_z, widths[-1] * CNN_MAP**2),
-                  nn.Unflatten(1, (widths[-1], CNN_MAP, CNN_MAP)), nn.BatchNorm2d(widths[-1]), nn.SiLU()]
-        for i in reversed(range(len(widths))):
-            width = widths[i - 1] if i else 3
-            layers.append(nn.ConvTranspose2d(widths[i], width, CNN_KERNEL, strides[i], CNN_KERNEL // 2,
-                                             output_padding=strides[i] - 1))
-            layers += [nn.BatchNorm2d(width), nn.SiLU()] if i else [nn.Sigmoid()]
-        super().__init__(*layers)
+        channels, layers = widths[-1], [nn.Linear(cfg.d_z, widths[-1] * CNN_MAP**2),
+                                        nn.Unflatten(1, (widths[-1], CNN_MAP, CNN_MAP))]
+        for width, stride in zip((*widths[-2::-1], 3), reversed(strides)):
+            layers += [nn.BatchNorm2d(channels), nn.SiLU(),
+                       nn.ConvTranspose2d(channels, width, CNN_KERNEL, stride, CNN_KERNEL // 2,
+                                          output_padding=stride - 1)]
+            channels = width
+        super().__init__(*layers, nn.Sigmoid())
 
 
 # ---- 6 Mamba-2 ----------------------------------------------------------------------------------
 
 
 def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T,  y_t = C_t^T h_t, as the chunked scan of [2], section 6.
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T, y_t = C_t^T h_t, in the chunks of [2], section 6.
 
-    x (b,l,h,p), dt (b,l,h) > 0, A (h,) < 0, B and C (b,l,n), state (b,h,p,n) or None for zeros, first
-    (b,l) bool or None: the state is cleared BEFORE that token. Returns y (b,l,h,p), without the D skip,
-    and the state after the last token. float32 at least, even under autocast; cost linear in l.
+    x (b,l,h,p), dt (b,l,h) > 0, A (h,) < 0, B and C (b,l,n), state (b,h,p,n) or None for zeros,
+    first (b,l) bool or None: the state is cleared BEFORE that token. Returns y (b,l,h,p), without
+    the D skip, and the last state. float32 at least, even under autocast; cost linear in l.
     """
     b, l, h, p = x.shape
     n, q = B.shape[-1], min(chunk_size, l)
     pad, c = -l % q, -(-l // q)  # padded tokens have dt = 0: decay 1, no input
     with torch.autocast(x.device.type, enabled=False):
-        x, dt, A, B, C = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, dt, A, B, C))
+        x, dt, A, B, C = (t.float() if t.itemsize < 4 else t for t in (x, dt, A, B, C))
         if state is None:
             state = x.new_zeros(b, h, p, n)
         if first is None:
             first = torch.zeros(b, l, dtype=torch.bool, device=x.device)
         X = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, pad)).view(b, c, q, h, p).transpose(2, 3)
         B, C = (F.pad(t, (0, 0, 0, pad)).view(b, c, 1, q, n) for t in (B, C))
-        S = F.pad(dt * A, (0, 0, 0, pad)).view(b, c, q, h).transpose(2, 3).cumsum(-1)  # (b,c,h,q) <= 0
-        segment = F.pad(first, (0, pad)).view(b, c, 1, q).cumsum(-1)  # resets since the chunk's start
+        S = F.pad(dt * A, (0, 0, 0, pad)).view(b, c, q, h).transpose(2, 3).cumsum(-1)  # (b,c,h,q)
+        segment = F.pad(first, (0, pad)).view(b, c, 1, q).cumsum(-1)  # resets since chunk's start
 
         # 1 inside a chunk: y_i = sum_{j<=i, same segment} (C_i . B_j) exp(S_i - S_j) dt_j x_j
         same = (segment[..., :, None] == segment[..., None, :]).tril()  # (b,c,1,q,q)
-        decay = (S[..., :, None] - S[..., None, :]).masked_fill(~same, -torch.inf).exp()  # (b,c,h,q,q)
-        y = (C @ B.mT * decay) @ X  # (b,c,h,q,p)
+        decay = (S[..., :, None] - S[..., None, :]).masked_fill(~same, -torch.inf).exp()
+        y = (C @ B.mT * decay) @ X  # (b,c,h,q,q) @ (b,c,h,q,p)
         # 2 what each chunk adds to the state by its end
         to_end = (S[..., -1:] - S).exp() * (segment == segment[..., -1:])  # (b,c,h,q)
         ends = (X * to_end[..., None]).mT @ B  # (b,c,h,p,n)
-        # 3 the recurrence over chunks; unbind, since indexing costs a full-size zero gradient a chunk
+        # 3 the recurrence over chunks; unbind, as indexing costs a full-size zero gradient each
         through = S[..., -1].exp() * (segment[..., -1] == 0)  # (b,c,h)
         starts = []
         for keep, end in zip(through.unbind(1), ends.unbind(1)):
@@ -605,7 +610,7 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
 def ssd_step(x, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
     """One token of `ssd_scan`: x (b,h,p), dt (b,h), B and C (b,n) -> y (b,h,p) and a NEW state."""
     with torch.autocast(x.device.type, enabled=False):
-        x, dt, A, B, C = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, dt, A, B, C))
+        x, dt, A, B, C = (t.float() if t.itemsize < 4 else t for t in (x, dt, A, B, C))
         kept = (dt * A).exp()[..., None, None] * state
         state = torch.addcmul(kept, (dt[..., None] * x)[..., None], B[:, None, None])
         return (state.flatten(1, 2) @ C[..., None]).view_as(x), state
@@ -646,7 +651,8 @@ class Mamba2(nn.Module):
 
     def _inputs(self, xBC, dt):
         x, B, C = F.silu(xBC).split((self.d_inner, self.d_state, self.d_state), -1)
-        return x.unflatten(-1, (self.heads, -1)), F.softplus(dt + self.dt_bias), -self.A_log.exp(), B, C
+        dt = F.softplus(dt + self.dt_bias)
+        return x.unflatten(-1, (self.heads, -1)), dt, -self.A_log.exp(), B, C
 
     def _output(self, y, x, z):
         y = (y + self.D[:, None] * x).flatten(-2)
@@ -660,7 +666,7 @@ class Mamba2(nn.Module):
         taps = torch.cat([window.to(xBC.dtype), xBC], 1)  # (b, d_conv-1+l, channels)
         if first is None:
             first = torch.zeros(b, l, dtype=torch.bool, device=u.device)
-        # NOTE(2): a reset clears the convolution's window too: a tap counts within its own segment only
+        # NOTE(2): a reset clears the convolution's window too: a tap counts in its own segment only
         segment = F.pad(first.cumsum(1), (self.d_conv - 1, 0))  # (b, d_conv-1+l)
         conv = self.conv1d.bias
         for k in range(self.d_conv):
@@ -757,7 +763,7 @@ class WorldModel(nn.Module):
         self.posterior = nn.Linear(cfg.cnn[-1][0] * CNN_MAP**2, cfg.d_z)
         self.sequence = SequenceModel(cfg, num_actions)
         self.prior = nn.Linear(cfg.d_model, cfg.d_z)
-        # NOTE(3): reward head and critic start at zero, as in [4]: no imagined reward before a real one
+        # NOTE(3): reward head and critic start at zero, as in [4]: no reward is dreamt up
         self.reward = mlp(cfg.d_model, cfg.head_units, 1, cfg.bins, zero=True)
         self.termination = mlp(cfg.d_model, cfg.head_units, 1, 1)
         self.two_hot = TwoHot(cfg.bins, cfg.bin_limit)
@@ -766,11 +772,13 @@ class WorldModel(nn.Module):
 
     def _categoricals(self, flat: Tensor) -> Tensor:
         """(..., K*C) -> log-probabilities (..., K, C)."""
-        return unimix(flat.unflatten(-1, (self.cfg.categoricals, self.cfg.classes)), self.cfg.unimix)
+        shape = self.cfg.categoricals, self.cfg.classes
+        return unimix(flat.unflatten(-1, shape), self.cfg.unimix)
 
     def encode(self, frame: Tensor) -> Tensor:
         """frame (..., H, W, 3) uint8 -> log q(z | o), (..., K, C)."""
-        return self._categoricals(self.posterior(self.encoder(pixels(frame)))).unflatten(0, frame.shape[:-3])
+        flat = self.posterior(self.encoder(pixels(frame)))
+        return self._categoricals(flat).unflatten(0, frame.shape[:-3])
 
     def decode(self, z: Tensor) -> Tensor:
         """z (..., K*C) -> frames (..., 3, H, W) in 0..1."""
@@ -792,13 +800,14 @@ class WorldModel(nn.Module):
         d, _ = self.sequence(z.flatten(-2), batch.action, first=batch.first)
         frame_hat = self.decode(z.flatten(-2)).flatten(0, 1)
         # the prior of z_t comes from d_{t-1}; where o_t opens an episode it knows nothing of it
-        log_prior, log_later, known = self.log_prior(d[:, :-1]), log_post[:, 1:], ~batch.first[:, 1:]
+        log_prior, log_later = self.log_prior(d[:, :-1]), log_post[:, 1:]
+        known = ~batch.first[:, 1:]
 
         def divergence(p, q):
             kl = kl_divergence(p, q) * known
             return F.pad(kl, (1, 0)), F.pad(free_bits(kl, self.cfg.free_bits) * known, (1, 0))
 
-        # the detached side is held fixed: first the prior learns, then, ten times less, the posterior
+        # the detached side stands still: first the prior learns, then, less, the posterior
         kl, dynamics = divergence(log_later.detach(), log_prior)
         _, representation = divergence(log_later, log_prior.detach())
         losses = dict(
@@ -829,19 +838,20 @@ class WorldModel(nn.Module):
             ds.append(d)
             features.append(torch.cat([z, d], -1))
         d = torch.stack(ds, 1)  # (b, H, d_model)
-        dream = Dream(torch.stack(features, 1), torch.stack(actions, 1), torch.stack(log_pis, 1),
-                      self.two_hot.mean(self.reward(d)), self.termination(d).squeeze(-1).float().sigmoid())
-        assert dream.reward.shape == dream.end.shape == dream.action.shape == (len(z), self.cfg.horizon)
-        return dream
+        end = self.termination(d).squeeze(-1).float().sigmoid()
+        assert end.shape == (len(z), self.cfg.horizon)
+        return Dream(torch.stack(features, 1), torch.stack(actions, 1), torch.stack(log_pis, 1),
+                     self.two_hot.mean(self.reward(d)), end)
 
     @torch.no_grad()
     def dream_along(self, batch: Batch, context: int) -> tuple[Tensor, Tensor]:
-        """Reconstruction and open-loop dream (b, l, 3, H, W) of recorded frames, for the same actions.
+        """Reconstruction and open-loop dream (b, l, 3, H, W) of records, for the same actions.
 
         The dream sees `context` frames; its later latents are drawn from the prior alone.
         """
         z = draw_one_hot(self.encode(batch.frame)).flatten(-2)
-        d, states = self.sequence(z[:, :context], batch.action[:, :context], first=batch.first[:, :context])
+        d, states = self.sequence(z[:, :context], batch.action[:, :context], None,
+                                  batch.first[:, :context])
         dreamt, d = [z[:, i] for i in range(context)], d[:, -1]
         for action in batch.action[:, context:].unbind(1):
             dreamt.append(draw_one_hot(self.log_prior(d)).flatten(-2))
@@ -850,7 +860,7 @@ class WorldModel(nn.Module):
 
 
 def pixels(frame: Tensor) -> Tensor:
-    """(..., H, W, 3) uint8 -> (n, 3, H, W) float in 0..1; stays in the channels_last memory format."""
+    """(..., H, W, 3) uint8 -> (n, 3, H, W) float in 0..1, in the channels_last memory format."""
     return frame.flatten(0, -4).permute(0, 3, 1, 2).float() / 255
 
 
@@ -858,7 +868,7 @@ def pixels(frame: Tensor) -> Tensor:
 
 
 class ActorCritic(nn.Module):
-    """Actor and two-hot critic on [z_t, d_{t-1}], with a slow critic and a scale for the returns [4].
+    """Actor and two-hot critic on [z_t, d_{t-1}], a slow critic, a scale for the returns [4].
 
     NOTE(4): z_t encodes the frame just seen; the published code acts on a sample of the prior.
     """
@@ -874,7 +884,7 @@ class ActorCritic(nn.Module):
         self.weights = dict(policy=1.0, entropy=cfg.entropy, value=1.0, slow_value=1.0)
 
     def loss(self, dream: Dream) -> tuple[dict, dict]:
-        """Losses by name, each (b, H), weighted by the chance that the dream still runs; metrics."""
+        """Losses by name, each (b, H), weighted by the chance of being alive; metrics."""
         b, h = dream.action.shape
         value_logits = self.critic(dream.feature)  # (b, H+1, bins)
         value = self.two_hot.mean(value_logits).detach()  # the actor must not move the critic
@@ -883,7 +893,7 @@ class ActorCritic(nn.Module):
         low, high = torch.quantile(R, R.new_tensor([0.05, 0.95]))
         self.scale.lerp_(high - low, 1 - self.cfg.return_decay)
         advantage = (R - value[:, :-1]) / self.scale.clamp(min=1)
-        # NOTE(5): a step counts by the product of (1 - e) before it: nothing is learnt after a death
+        # NOTE(5): a step counts by the product of (1 - e) before it: none is learnt after a death
         alive = F.pad((1 - dream.end).cumprod(1)[:, :-1], (1, 0), value=1.0)
         log_pi = self.actor(dream.feature[:, :-1]).float().log_softmax(-1)  # (b, H, actions)
         entropy = -(log_pi.exp() * log_pi).sum(-1)
@@ -893,9 +903,9 @@ class ActorCritic(nn.Module):
             value=self.two_hot.loss(value_logits[:, :-1], R) * alive,
             slow_value=self.two_hot.loss(value_logits[:, :-1], slow_value) * alive)
         assert all(loss.shape == (b, h) for loss in losses.values())
-        metrics = dict(imagined_return=R.mean(), imagined_reward=dream.reward.mean(), imagined_value=value.mean(),
-                       imagined_end=dream.end.mean(), return_scale=self.scale, policy_entropy=entropy.mean())
-        return losses, metrics
+        return losses, dict(imagined_return=R.mean(), imagined_reward=dream.reward.mean(),
+                            imagined_value=value.mean(), imagined_end=dream.end.mean(),
+                            return_scale=self.scale, policy_entropy=entropy.mean())
 
     @torch.no_grad()
     def update_slow_critic(self) -> None:
@@ -909,10 +919,11 @@ class Learner:
 
     def __init__(self, optimiser, clip: float, warmup: int):
         self.optimiser, self.clip = optimiser, clip
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: min(1.0, (k + 1) / warmup))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda k: min(1.0, (k + 1) / warmup))
 
     def step(self, losses: dict, weights: dict) -> dict:
-        """Minimise the weighted sum of the losses' means; return the means and the gradient's norm."""
+        """One step down the weighted sum of the losses' means -> the means, the gradient's norm."""
         assert losses.keys() == weights.keys(), (losses.keys(), weights.keys())
         means = {name: loss.mean() for name, loss in losses.items()}
         self.optimiser.zero_grad()
@@ -938,15 +949,15 @@ class Learner:
 
 
 def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[Learner, Learner]:
-    """AdamW for the world model, Adam for actor and critic. NOTE(6): the published default is LaProp."""
+    """AdamW for the world model, Adam for the rest. NOTE(6): the published default is LaProp."""
     # matrices and kernels decay; biases, norms, dt_bias, A_log and D do not
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
+    groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == matrix],
+                   weight_decay=cfg.weight_decay * matrix) for matrix in (True, False)]
     acting = [*agent.actor.parameters(), *agent.critic.parameters()]
-    return (Learner(torch.optim.AdamW(groups, cfg.model_lr, fused=True), cfg.model_clip, cfg.lr_warmup),
-            Learner(torch.optim.Adam(acting, cfg.actor_lr, eps=cfg.actor_eps, fused=True),
-                    cfg.actor_clip, cfg.lr_warmup))
+    model_adam = torch.optim.AdamW(groups, cfg.model_lr, fused=True)
+    agent_adam = torch.optim.Adam(acting, cfg.actor_lr, eps=cfg.actor_eps, fused=True)
+    return (Learner(model_adam, cfg.model_clip, cfg.lr_warmup),
+            Learner(agent_adam, cfg.actor_clip, cfg.lr_warmup))
 
 
 class Player:
@@ -981,8 +992,8 @@ class Player:
             for name, new in dict(z=z.argmax(-1).byte(), action=action, first=first).items():
                 m[name] = torch.cat([m[name][:, 1:], new[:, None]], 1)
         else:
-            d, m["states"] = self.model.sequence.step(z.flatten(-2), action, clear(m["states"], first))
-            m["d"] = d.float()
+            states = clear(m["states"], first)
+            m["d"], m["states"] = self.model.sequence.step(z.flatten(-2), action, states)
         return action, z.argmax(-1)
 
     def state_dict(self) -> dict:
@@ -1003,11 +1014,11 @@ class Table:
     def __init__(self, path: Path, length: int):
         self.file = open(path, "r+" if length else "w", newline="")
         if self.file.seek(0, os.SEEK_END) < length:
-            raise Refusal(f"{path} is shorter than its checkpoint; put it back or use another --out")
+            raise Refusal(f"{path} is shorter than at the checkpoint; use another --out")
         self.file.truncate(length)
         self.file.seek(length)
 
-    def row(self, **values) -> None:
+    def row(self, values: dict) -> None:
         """Append a row, floats to six digits; the first row brings the header."""
         writer = csv.writer(self.file)
         if not self.file.tell():
@@ -1022,7 +1033,7 @@ class Table:
 
 
 class Run:
-    """The run folder: lock, config.json, the replay's frames, two checkpoints, tables and pictures."""
+    """The run folder: lock, config.json, frames, two checkpoints, tables and pictures."""
 
     def __init__(self, cfg: Config):
         self.dir = Path(cfg.out or f"runs/{cfg.game}-{cfg.seed}")
@@ -1030,7 +1041,7 @@ class Run:
         self.newest, self.older = self.dir / "checkpoint.pt", self.dir / "checkpoint.prev.pt"
 
     def lock(self):
-        """Make the folder and take its lock, a file that the system lets go of when its process dies."""
+        """Make the folder and take its lock, which the system frees when the process dies."""
         self.dir.mkdir(parents=True, exist_ok=True)
         handle = open(self.dir / "lock", "a+")
         try:
@@ -1050,11 +1061,11 @@ class Run:
         try:
             stored = json.loads(self.config.read_text())
             types = {f.name: f.type for f in dataclasses.fields(Config)}
-            wrong = [k for k in sorted({*stored, *types}) if type(stored.get(k)) is not types.get(k)]
+            wrong = sorted(k for k in {*stored, *types} if type(stored.get(k)) is not types.get(k))
         except (OSError, ValueError, TypeError) as error:
             raise Refusal(f"{self.config}: {error}; mend it or use another --out") from None
         if wrong:
-            raise Refusal(f"{self.config}: wrong, missing or unknown field {', '.join(wrong)}; mend it "
+            raise Refusal(f"{self.config}: wrong, missing or unknown: {', '.join(wrong)}; mend it "
                           "or use another --out")
         return Config(**stored)
 
@@ -1064,8 +1075,8 @@ class Run:
         differ = [f"{k} (was {getattr(stored, k)}, now {getattr(cfg, k)})" for k in names
                   if k not in ANYTIME and getattr(stored, k) != getattr(cfg, k)]
         if differ:
-            raise Refusal(f"{self.dir} holds a run with other settings: {', '.join(differ)}; use another "
-                          "--out or --seed, or the old values")
+            raise Refusal(f"{self.dir} holds a run with other settings: {', '.join(differ)}; use "
+                          "another --out or --seed, or the old values")
 
     def begin(self, cfg: Config) -> None:
         """Write config.json, or compare with it."""
@@ -1081,23 +1092,23 @@ class Run:
         rows: those that the checkpoint counts on; weights: numbers in the networks.
         """
         frame = cfg.image_size**2 * 3
-        have, all_frames = self.frames.stat().st_size if self.frames.exists() else 0, cfg.steps * frame
+        have = self.frames.stat().st_size if self.frames.exists() else 0
+        all_frames = max(have, cfg.steps * frame)
         if have < rows * frame:
-            raise Refusal(f"{self.frames} is too short for the checkpoint's {rows:,} steps; put it back "
-                          "or use another --out")
+            raise Refusal(f"{self.frames} is too short for the checkpoint's {rows:,} steps; use "
+                          "another --out")
         need = all_frames - have + 3 * 3 * 4 * weights  # three files of weights and two moments
         free = shutil.disk_usage(self.dir).free
         if need > free:
             raise Refusal(f"{self.dir}: {cfg.steps:,} steps need {need / 1e9:.2f} GB of disk and "
                           f"{free / 1e9:.2f} GB are free; make room, or lower --steps")
         with open(self.frames, "ab") as file:
-            if all_frames > have:
-                file.truncate(all_frames)
-                if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
-                    os.posix_fallocate(file.fileno(), 0, all_frames)
+            file.truncate(all_frames)
+            if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
+                os.posix_fallocate(file.fileno(), 0, all_frames)
 
     def _write(self, path: Path, data) -> None:
-        """Write, flush to the disk, rename: whatever happens, the old file or the new one is whole."""
+        """Write, flush to the disk, rename: at any moment the old file or the new one is whole."""
         with open(path.with_suffix(".tmp"), "wb") as file:
             file.write(data)
             file.flush()
@@ -1115,22 +1126,23 @@ class Run:
         os.replace(fresh, self.newest)
 
     def load(self, cfg: Config, device: torch.device) -> dict | None:
-        """The newest checkpoint that can be read; None where there is none; Refusal if all are broken."""
+        """The newest checkpoint that can be read, None where there is none."""
         found = [path for path in (self.newest, self.older) if path.exists()]
         for path in found:
             try:  # weights_only: a file from a stranger must not run code
                 saved = torch.load(path, map_location=device, weights_only=True)
                 theirs = saved["config"]
             except Exception as error:  # a broken file can raise nearly anything
-                print(f"{path} is broken ({type(error).__name__}); trying the older one", file=sys.stderr)
+                print(f"{path} is broken ({type(error).__name__})", file=sys.stderr)
                 continue
             ours = dataclasses.asdict(cfg)
-            differ = [k for k in ours if k not in ANYTIME | {"act_context"} and theirs.get(k) != ours[k]]
+            differ = [k for k in {*ours} - ANYTIME - {"act_context"} if theirs.get(k) != ours[k]]
             if differ:
-                raise Refusal(f"{path} is of another run: {', '.join(differ)} differ; put the right one back")
+                raise Refusal(f"{path} is of another run, with another {', '.join(sorted(differ))}; "
+                              "put the right one back")
             return saved
         if found:
-            raise Refusal(f"no checkpoint in {self.dir} can be read; use another --out to start again")
+            raise Refusal(f"no checkpoint in {self.dir} can be read; use another --out")
         return None
 
 
@@ -1173,7 +1185,7 @@ def draw_curves(run: Run, game: str) -> None:
     for axis, names in zip(axes.flat, panels):
         table = tables[names != "return"]
         for name in names.split() if table else ():
-            axis.plot(table["step"], table[name], lw=1, marker="." if name == "return" else "", label=name)
+            axis.plot(table["step"], table[name], ".-" if name == "return" else "-", label=name)
         if names == "return":
             levels = SCORES.get(game) or {"best possible": GridWorld.best_return()}
             for i, (name, level) in enumerate(levels.items()):
@@ -1186,7 +1198,7 @@ def draw_curves(run: Run, game: str) -> None:
 
 
 def draw_dreams(run: Run, cfg: Config, model: WorldModel, replay: Replay) -> None:
-    """dream.gif and dream.png: real frames, reconstruction, open-loop dream, for the same actions."""
+    """dream.gif and dream.png: real frames, reconstruction, open-loop dream, the same actions."""
     from PIL import Image, ImageDraw
     length, windows, shown, margin = cfg.context + cfg.picture_steps, 3, 12, 14
     if replay.size < length:
@@ -1209,7 +1221,8 @@ def draw_dreams(run: Run, cfg: Config, model: WorldModel, replay: Replay) -> Non
         image = image.resize((c * 128, r * 128), Image.Resampling.NEAREST)
         canvas = Image.new("RGB", (image.width, image.height + margin))
         canvas.paste(image, (0, margin))
-        ImageDraw.Draw(canvas).text((2, 1), f"{cfg.game}, step {replay.size}: {title}", fill="white")
+        title = f"{cfg.game}, step {replay.size}: {title}"
+        ImageDraw.Draw(canvas).text((2, 1), title, fill="white")
         return canvas
 
     gif = [sheet(film[:, :, t].swapaxes(0, 1), "real | reconstruction | dream"
@@ -1259,7 +1272,8 @@ def compile_parts(cfg: Config, model: WorldModel, agent: ActorCritic, device: to
         return "eager"
     try:  # a small scan forward and backward tells whether there is a compiler that works
         x = torch.ones(2, 8, 1, 4, device=device, requires_grad=True)
-        torch.compile(ssd_scan)(x, x[..., 0], -x[0, 0, :, 0], x[:, :, 0], x[:, :, 0], 4)[0].sum().backward()
+        y, _ = torch.compile(ssd_scan)(x, x[..., 0], -x[0, 0, :, 0], x[:, :, 0], x[:, :, 0], 4)
+        y.sum().backward()
     except Exception as error:  # no compiler, no Triton, no Python headers: eager is the same code
         return f"eager (compiling failed: {type(error).__name__})"
     for owner, name in ((model, "loss"), (model.sequence, "step"), (agent, "loss")):
@@ -1268,7 +1282,7 @@ def compile_parts(cfg: Config, model: WorldModel, agent: ActorCritic, device: to
 
 
 def keep_freed_pages() -> None:
-    """Ask glibc to keep freed memory: clearing fresh pages for every big tensor took half the time."""
+    """Ask glibc to keep freed memory: clearing fresh pages for big tensors took half the time."""
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     try:
         libc = ctypes.CDLL(None)
@@ -1296,7 +1310,7 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def update_world_model(cfg, model, learner, replay) -> dict:
+def update_world_model(model, learner, replay) -> dict:
     """One update on sequences drawn by DFS -> metrics; the replay keeps their fresh latents."""
     batch = replay.batch(replay.draw_sequences())
     model.train()
@@ -1325,11 +1339,12 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
 
 
 def train(cfg: Config, run: Run) -> int:
-    """Train up to cfg.steps, on from the checkpoint if there is one; return the exit code."""
+    """Train up to cfg.steps, on from the checkpoint if there is one -> exit code."""
     device = choose_device(cfg)
     saved = run.load(cfg, device)
-    at = saved["at"] if saved else dict(step=0, updates=0, episode=0, seconds=0.0, total=0.0, length=0,
-                                        last=0.0, first=True, precision=None, tables=(0, 0), sums={})
+    at = saved["at"] if saved else dict(
+        step=0, updates=0, seconds=0.0, episode=0, first=True, total=0.0, length=0, last=0.0,
+        precision=None, tables=(0, 0), sums={})
     if at["step"] >= cfg.steps:
         print(f"{run.dir} is finished at step {at['step']:,}; to go on, give a larger --steps")
         return 0
@@ -1341,7 +1356,7 @@ def train(cfg: Config, run: Run) -> int:
     model = WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
     agent = ActorCritic(cfg, num_actions).to(device)
     model_learner, agent_learner = make_learners(cfg, model, agent)
-    run.allocate(cfg, at["step"], sum(p.numel() for p in [*model.parameters(), *agent.parameters()]))
+    run.allocate(cfg, at["step"], sum(p.numel() for m in (model, agent) for p in m.parameters()))
     replay = Replay(run.frames, cfg, device)
     player = Player(cfg, model, agent, 1, device)
     parts = dict(model=model, agent=agent, model_learner=model_learner, agent_learner=agent_learner,
@@ -1358,8 +1373,8 @@ def train(cfg: Config, run: Run) -> int:
             at.update(first=True, total=0.0, length=0)
     at["precision"] = at["precision"] or choose_precision(cfg, device)
     scan = compile_parts(cfg, model, agent, device)
-    metrics_csv, episodes_csv = (Table(run.dir / f"{name}.csv", length)
-                                 for name, length in zip(("metrics", "episodes"), at["tables"]))
+    metrics = Table(run.dir / "metrics.csv", at["tables"][0])
+    episodes = Table(run.dir / "episodes.csv", at["tables"][1])
     introduce(cfg, run, model, agent, f"{device}, {at['precision']}, scan {scan}", at["step"])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=at["precision"] == "bfloat16")
     begun = time.perf_counter() - at["seconds"]
@@ -1367,9 +1382,10 @@ def train(cfg: Config, run: Run) -> int:
     interrupt = Interrupt()
 
     def save():
-        at.update(seconds=time.perf_counter() - begun, tables=(metrics_csv.length(), episodes_csv.length()))
-        run.save(dict(config=dataclasses.asdict(cfg), at=at, frame=torch.from_numpy(frame),
-                      generators=generators(device), **{k: part.state_dict() for k, part in parts.items()}))
+        at.update(seconds=time.perf_counter() - begun, tables=(metrics.length(), episodes.length()))
+        run.save({"config": dataclasses.asdict(cfg), "at": at, "frame": torch.from_numpy(frame),
+                  "generators": generators(device),
+                  **{name: part.state_dict() for name, part in parts.items()}})
 
     bar = tqdm(total=cfg.steps, initial=at["step"], unit="step", smoothing=0.05, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 30)
@@ -1385,36 +1401,40 @@ def train(cfg: Config, run: Run) -> int:
             following, reward, terminated, truncated, info = env.step(action)
 
             # STORE
-            replay.add(frame[0, 0], action[0], reward[0], terminated[0], at["first"], latent[0].cpu())
-            at.update(step=at["step"] + 1, length=at["length"] + 1, total=at["total"] + float(reward[0]),
-                      first=bool(episode_over(terminated, truncated, info)[0]))
+            replay.add(frame[0, 0], action[0], reward[0], terminated[0], at["first"], latent[0])
+            at["step"] += 1
+            at["length"] += 1
+            at["total"] += float(reward[0])
+            at["first"] = bool(episode_over(terminated, truncated, info)[0])
+            seconds = time.perf_counter() - begun
             if at["first"]:
                 following = env.step(action)[0]  # the autoreset step: not a transition
-                at.update(episode=at["episode"] + 1, last=at["total"])
-                episodes_csv.row(**{"step": at["step"], "seconds": time.perf_counter() - begun,
-                                    "episode": at["episode"], "return": at["total"], "length": at["length"],
-                                    "human_normalised": human_normalised(cfg.game, at["total"])})
-                at.update(total=0.0, length=0)
+                at["episode"] += 1
+                episodes.row({"step": at["step"], "seconds": seconds, "episode": at["episode"],
+                              "return": at["total"], "length": at["length"],
+                              "human_normalised": human_normalised(cfg.game, at["total"])})
+                at.update(last=at["total"], total=0.0, length=0)
             frame = following
 
             if at["step"] >= cfg.warmup and at["step"] % cfg.train_every == 0:
                 with autocast:
                     # TRAIN WORLD MODEL
-                    metrics = update_world_model(cfg, model, model_learner, replay)
+                    news = update_world_model(model, model_learner, replay)
                     # IMAGINE, TRAIN ACTOR-CRITIC
-                    metrics |= update_actor_critic(cfg, model, agent, agent_learner, replay)
+                    news |= update_actor_critic(cfg, model, agent, agent_learner, replay)
                 at["updates"] += 1
-                at["sums"] = {k: v + at["sums"].get(k, 0.0) for k, v in {**metrics, "count": 1}.items()}
+                for name, value in {**news, "count": 1}.items():
+                    at["sums"][name] = at["sums"].get(name, 0) + value
 
             # LOG
             if at["step"] % cfg.log_every == 0 and at["sums"]:
                 count = at["sums"].pop("count")
-                means = {name: total / count for name, total in at["sums"].items()}
-                metrics_csv.row(step=at["step"], seconds=time.perf_counter() - begun,
-                                updates=at["updates"], **means)
+                means = {name: value / count for name, value in at["sums"].items()}
+                metrics.row({"step": at["step"], "seconds": seconds, "updates": at["updates"], **means})
                 at["sums"] = {}
-                bar.set_postfix_str("return {:g}, reconstruction {:.1f}, kl {:.2f}, dreamt {:.2f}".format(
-                    at["last"], *(means[k] for k in ("reconstruction", "kl", "imagined_return"))))
+                bar.set_postfix_str(
+                    f"return {at['last']:g}, reconstruction {means['reconstruction']:.1f}, "
+                    f"kl {means['kl']:.2f}, dreamt {means['imagined_return']:.2f}", refresh=False)
             bar.update()
             # SAVE
             if time.perf_counter() - stored > cfg.save_every:
@@ -1428,14 +1448,13 @@ def train(cfg: Config, run: Run) -> int:
         draw_curves(run, cfg.game)
         draw_dreams(run, cfg, model, replay)
     except FloatingPointError as error:
-        raise Refusal(f"{error} is not finite at step {at['step']:,}: stopped before that update; "
-                      f"{run.newest} is from before it, to go on from or to leave for another --out with "
-                      "lower learning rates", code=1) from None
+        raise Refusal(f"{error} is not finite at step {at['step']:,}; the update was not applied. Go "
+                      f"on from {run.newest}, or start again with lower learning rates", 1) from None
     finally:
         bar.close()
         interrupt.restore()
     if interrupt.number:
-        print(f"stopped at step {at['step']:,}; the same command goes on from there", file=sys.stderr)
+        print(f"stopped at step {at['step']:,}; the same command goes on", file=sys.stderr)
         return 128 + interrupt.number
     print(f"finished {cfg.steps:,} steps in {at['seconds'] / 60:.1f} minutes: {run.dir}")
     return 0
@@ -1449,18 +1468,18 @@ def introduce(cfg, run, model, agent, machine, step) -> None:
     print(f"Drama on {cfg.game}: preset {cfg.preset}, seed {cfg.seed}, {machine}, "
           f"{torch.get_num_threads()} threads\n"
           f"parameters: world model {size(model)} = encoder {size(model.encoder)} + decoder "
-          f"{size(model.decoder)} + posterior and prior {size(model.posterior, model.prior)} + sequence "
-          f"model {size(model.sequence)} + reward {size(model.reward)} + termination "
+          f"{size(model.decoder)} + posterior and prior {size(model.posterior, model.prior)} + "
+          f"sequence model {size(model.sequence)} + reward {size(model.reward)} + termination "
           f"{size(model.termination)}; actor {size(agent.actor)}, critic {size(agent.critic)}\n"
           f"run folder {run.dir}: " + (f"going on from step {step:,}" if step else "new")
-          + f" to {cfg.steps:,}; random steps until {cfg.warmup:,}, then learning starts", flush=True)
+          + f" to {cfg.steps:,}; random until step {cfg.warmup:,}, then learning starts", flush=True)
     if cfg.game == "GridWorld":
-        print(f"best possible return (breadth-first search): {GridWorld.best_return():.2f}", flush=True)
+        print(f"best possible return, by breadth-first search: {GridWorld.best_return():.2f}")
 
 
 @torch.no_grad()
 def evaluate(cfg: Config, run: Run) -> int:
-    """Play cfg.eval full episodes from the checkpoint and print the scores; return the exit code."""
+    """Play cfg.eval full episodes from the checkpoint and print the scores -> exit code."""
     device = choose_device(cfg)
     saved = run.load(cfg, device)
     if saved is None:
@@ -1482,7 +1501,7 @@ def evaluate(cfg: Config, run: Run) -> int:
             action, _ = player.act(torch.from_numpy(frame[:, 0]).to(device),
                                    torch.from_numpy(first).to(device))
             frame, reward, terminated, truncated, info = env.step(action.cpu().numpy())
-            first, over = over, episode_over(terminated, truncated, info)  # the step after an end resets
+            first, over = over, episode_over(terminated, truncated, info)
             totals += reward
             for i in np.flatnonzero(over):
                 if len(scores[i]) < share[i]:
@@ -1490,14 +1509,16 @@ def evaluate(cfg: Config, run: Run) -> int:
                     bar.update()
                 totals[i] = 0
     scores = np.concatenate(scores)
-    print(f"{cfg.game} at step {saved['at']['step']:,}, {cfg.eval} episodes: mean {scores.mean():.2f}, "
-          f"standard deviation {scores.std():.2f}\nscores: {' '.join(f'{s:g}' for s in scores)}")
+    mean = scores.mean()
+    print(f"{cfg.game} at step {saved['at']['step']:,}, {cfg.eval} episodes: mean {mean:.2f}, standard "
+          f"deviation {scores.std():.2f}\nscores: {' '.join(f'{s:g}' for s in scores)}")
     if cfg.game in SCORES:
-        print(f"human-normalised {human_normalised(cfg.game, scores.mean()):.3f}; published: " + ", ".join(
-            f"{k} {v:g} ({human_normalised(cfg.game, v):.3f})" for k, v in SCORES[cfg.game].items()))
+        published = (f"{name} {score:g} ({human_normalised(cfg.game, score):.3f})"
+                     for name, score in SCORES[cfg.game].items())
+        print(f"human-normalised {human_normalised(cfg.game, mean):.3f}; published (the same): "
+              + ", ".join(published))
     if cfg.game == "GridWorld":
-        best = GridWorld.best_return()
-        print(f"{scores.mean() / best:.1%} of the best possible return, {best:.2f}")
+        print(f"{mean / GridWorld.best_return():.1%} of the best, {GridWorld.best_return():.2f}")
     return 0
 
 
@@ -1515,13 +1536,14 @@ def boolean(text: str) -> bool:
 
 
 def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
-    """Command line -> Config (defaults, then the preset, then flags) and the names of the flags given."""
+    """Command line -> Config (defaults, preset, flags, each over the last), the flags given."""
     parser = Parser("drama.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
         laptop = f"; laptop {PRESETS['laptop'][f.name]}" if f.name in PRESETS["laptop"] else ""
-        parser.add_argument(f"--{f.name}", type=boolean if f.type is bool else f.type, default=argparse.SUPPRESS,
-                            metavar=f.type.__name__, help=f"{f.metadata['help']} ({f.default}{laptop})")
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=f.type.__name__,
+                            type=boolean if f.type is bool else f.type,
+                            help=f"{f.metadata['help']} ({f.default}{laptop})")
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "auto")
     if preset == "auto":
@@ -1549,7 +1571,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, code = "stopped before the first step", 130
     except OSError as error:
-        message = f"{error.filename or 'a file'}: {error.strerror}; the checkpoints are as they were"
+        message = f"{error.filename or run.dir}: {error.strerror}; the checkpoints are as before"
     except (MemoryError, RuntimeError) as error:
         if not any(words in str(error) for words in ("out of memory", "allocate memory")):
             raise
