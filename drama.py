@@ -1138,8 +1138,8 @@ class Run:
             ours = dataclasses.asdict(cfg)
             differ = [k for k in {*ours} - ANYTIME - {"act_context"} if theirs.get(k) != ours[k]]
             if differ:
-                raise Refusal(f"{path} is of another run, with another {', '.join(sorted(differ))}; "
-                              "put the right one back")
+                raise Refusal(f"{path} is of another run: another {', '.join(sorted(differ))}; put "
+                              "the right one back")
             return saved
         if found:
             raise Refusal(f"no checkpoint in {self.dir} can be read; use another --out")
@@ -1430,7 +1430,7 @@ def train(cfg: Config, run: Run) -> int:
             if at["step"] % cfg.log_every == 0 and at["sums"]:
                 count = at["sums"].pop("count")
                 means = {name: value / count for name, value in at["sums"].items()}
-                metrics.row({"step": at["step"], "seconds": seconds, "updates": at["updates"], **means})
+                metrics.row(dict(step=at["step"], seconds=seconds, updates=at["updates"], **means))
                 at["sums"] = {}
                 bar.set_postfix_str(
                     f"return {at['last']:g}, reconstruction {means['reconstruction']:.1f}, "
@@ -1448,8 +1448,8 @@ def train(cfg: Config, run: Run) -> int:
         draw_curves(run, cfg.game)
         draw_dreams(run, cfg, model, replay)
     except FloatingPointError as error:
-        raise Refusal(f"{error} is not finite at step {at['step']:,}; the update was not applied. Go "
-                      f"on from {run.newest}, or start again with lower learning rates", 1) from None
+        raise Refusal(f"{error} is not finite at step {at['step']:,}; that update was not applied; "
+                      f"go on from {run.newest} or start again at lower rates", code=1) from None
     finally:
         bar.close()
         interrupt.restore()
@@ -1472,7 +1472,7 @@ def introduce(cfg, run, model, agent, machine, step) -> None:
           f"sequence model {size(model.sequence)} + reward {size(model.reward)} + termination "
           f"{size(model.termination)}; actor {size(agent.actor)}, critic {size(agent.critic)}\n"
           f"run folder {run.dir}: " + (f"going on from step {step:,}" if step else "new")
-          + f" to {cfg.steps:,}; random until step {cfg.warmup:,}, then learning starts", flush=True)
+          + f" to {cfg.steps:,}; learning starts at step {cfg.warmup:,}", flush=True)
     if cfg.game == "GridWorld":
         print(f"best possible return, by breadth-first search: {GridWorld.best_return():.2f}")
 
@@ -1510,8 +1510,8 @@ def evaluate(cfg: Config, run: Run) -> int:
                 totals[i] = 0
     scores = np.concatenate(scores)
     mean = scores.mean()
-    print(f"{cfg.game} at step {saved['at']['step']:,}, {cfg.eval} episodes: mean {mean:.2f}, standard "
-          f"deviation {scores.std():.2f}\nscores: {' '.join(f'{s:g}' for s in scores)}")
+    print(f"{cfg.game} at step {saved['at']['step']:,}, {cfg.eval} episodes: mean {mean:.2f}, "
+          f"standard deviation {scores.std():.2f}\nscores: {' '.join(f'{s:g}' for s in scores)}")
     if cfg.game in SCORES:
         published = (f"{name} {score:g} ({human_normalised(cfg.game, score):.3f})"
                      for name, score in SCORES[cfg.game].items())
