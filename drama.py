@@ -77,8 +77,8 @@ class Config:
     """Every setting. The defaults are preset `paper`, the figures of [1]; see PRESETS."""
 
     game: str = opt("Pong", "a game of ALE, such as Pong, or GridWorld")
-    preset: str = opt("auto", "sizes and rates; auto: paper on CUDA, laptop elsewhere",
-                      choices=("auto", "paper", "laptop", "tiny"))
+    preset: str = opt("auto", "sizes and rates; auto: gridworld for it, paper on CUDA, else laptop",
+                      choices=("auto", "paper", "laptop", "gridworld", "tiny"))
     steps: int = opt(100_000, "environment steps in all; an Atari step is 4 frames", 1, 100_000_000)
     seed: int = opt(0, "seed of every random generator", 0, 2**31 - 1)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
@@ -179,6 +179,11 @@ PRESETS = {
         batch_length=32, train_every=4, dreams=96, horizon=15, stored_latents=True,
         critic_units=256, hidden_layers=2, model_lr=4e-4, actor_lr=1e-4, entropy=1e-3,
         lr_warmup=100),
+    "gridworld": dict(
+        steps=3600, cnn_width=8, first_stride=4, categoricals=16, classes=16, d_model=128,
+        head_units=128, batch_size=8, batch_length=32, train_every=2, dreams=192, context=3,
+        horizon=4, act_context=4, stored_latents=True, actor_units=128, critic_units=128,
+        hidden_layers=2, model_lr=2e-3, actor_lr=5e-4, entropy=3e-3, lr_warmup=50),
     "tiny": dict(
         image_size=16, cnn_width=4, first_stride=2, categoricals=4, classes=6, d_model=16,
         headdim=8, d_state=4, chunk_size=4, head_units=16, bins=41, batch_size=3, batch_length=10,
@@ -208,7 +213,7 @@ def validate(cfg: Config) -> None:
         rom_name(cfg.game)
     if cfg.warmup < shortest:
         raise Refusal(f"--warmup {cfg.warmup}: a first update needs {shortest} steps (batch_size + "
-                      f"batch_length); raise --warmup or lower those")
+                      "batch_length) or --context; raise --warmup or lower those")
 
 
 # ---- 2 Environments -----------------------------------------------------------------------------
@@ -1039,6 +1044,7 @@ class Run:
         self.dir = Path(cfg.out or f"runs/{cfg.game}-{cfg.seed}")
         self.config, self.frames = self.dir / "config.json", self.dir / "frames.bin"
         self.newest, self.older = self.dir / "checkpoint.pt", self.dir / "checkpoint.prev.pt"
+        self.whole = self.newest  # a newest checkpoint that is broken must not replace the older
 
     def lock(self):
         """Make the folder and take its lock, which the system frees when the process dies."""
@@ -1062,7 +1068,7 @@ class Run:
             stored = json.loads(self.config.read_text())
             types = {f.name: f.type for f in dataclasses.fields(Config)}
             wrong = sorted(k for k in {*stored, *types} if type(stored.get(k)) is not types.get(k))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise Refusal(f"{self.config}: {error}; mend it or use another --out") from None
         if wrong:
             raise Refusal(f"{self.config}: wrong, missing or unknown: {', '.join(wrong)}; mend it "
@@ -1121,9 +1127,10 @@ class Run:
         torch.save(checkpoint, buffer)
         fresh = self.dir / "checkpoint.new"
         self._write(fresh, buffer.getbuffer())
-        if self.newest.exists():
+        if self.newest.exists() and self.whole == self.newest:
             os.replace(self.newest, self.older)
         os.replace(fresh, self.newest)
+        self.whole = self.newest
 
     def load(self, cfg: Config, device: torch.device) -> dict | None:
         """The newest checkpoint that can be read, None where there is none."""
@@ -1140,6 +1147,7 @@ class Run:
             if differ:
                 raise Refusal(f"{path} is of another run: another {', '.join(sorted(differ))}; put "
                               "the right one back")
+            self.whole = path
             return saved
         if found:
             raise Refusal(f"no checkpoint in {self.dir} can be read; use another --out")
@@ -1200,7 +1208,7 @@ def draw_curves(run: Run, game: str) -> None:
 def draw_dreams(run: Run, cfg: Config, model: WorldModel, replay: Replay) -> None:
     """dream.gif and dream.png: real frames, reconstruction, open-loop dream, the same actions."""
     from PIL import Image, ImageDraw
-    length, windows, shown, margin = cfg.context + cfg.picture_steps, 3, 12, 14
+    length, windows, shown, margin = cfg.context + cfg.picture_steps, 2, 12, 14
     if replay.size < length:
         return
     # where it can be had, a window in which no episode opens
@@ -1243,7 +1251,9 @@ def choose_device(cfg: Config) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else
                             "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        return torch.zeros(1, device=cfg.device).device
+        probe = torch.zeros(1, device=cfg.device)
+        probe.item()
+        return probe.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).splitlines()[0][:80]
         raise Refusal(f"--device {cfg.device}: not on this machine ({why}); try cpu") from None
@@ -1324,7 +1334,7 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
     """Dream on from contexts drawn by DFS, then one update on the dreams -> metrics."""
     rows = replay.draw_contexts()
     model.eval()
-    if cfg.stored_latents:
+    if cfg.stored_latents:  # NOTE(7): as last encoded, not 8 frames a dream encoded anew
         z = model.one_hot(replay.latent[rows].to(replay.device))
     else:
         with torch.no_grad():
@@ -1449,7 +1459,7 @@ def train(cfg: Config, run: Run) -> int:
         draw_dreams(run, cfg, model, replay)
     except FloatingPointError as error:
         raise Refusal(f"{error} is not finite at step {at['step']:,}; that update was not applied; "
-                      f"go on from {run.newest} or start again at lower rates", code=1) from None
+                      f"the last checkpoint, if any, is {run.newest}; try lower rates", 1) from None
     finally:
         bar.close()
         interrupt.restore()
@@ -1532,7 +1542,9 @@ class Parser(argparse.ArgumentParser):
 
 def boolean(text: str) -> bool:
     """true or false."""
-    return dict(true=True, false=False)[text.lower()]
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
 
 
 def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
@@ -1547,7 +1559,8 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "auto")
     if preset == "auto":
-        preset = "paper" if torch.cuda.is_available() else "laptop"
+        preset = ("gridworld" if given.get("game") == "GridWorld" else
+                  "paper" if torch.cuda.is_available() else "laptop")
     return Config(**{**PRESETS.get(preset, {}), **given, "preset": preset}), set(given)
 
 

@@ -1,0 +1,929 @@
+"""Tests of drama.py: each an independent oracle and, where it helps, an example worked by hand.
+
+    python -m pytest -q test_drama.py        a minute or two on one core; no GPU, no network
+
+The oracles: mamba2_ref.py for the scan, NumPy for the formulas, a counting environment for the
+rows of the replay, value iteration for GridWorld, and the emulator itself. Sizes are all different,
+so that no axis passes for another. Left out: whether it learns a game in hours; see results/.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+import re
+import shlex
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from gymnasium.spaces import Discrete
+from PIL import Image
+
+import drama
+import mamba2_ref as ref
+from drama import ActorCritic, Mamba2, Player, Replay, SequenceModel, TwoHot, WorldModel
+
+b, l, K, C, ACTIONS = 2, 11, 3, 5, 4
+RUN = "--preset tiny --device cpu --precision float32".split()
+close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+exact = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)  # of float64
+
+
+def small(**changes):
+    """The tiny preset with sizes that all differ."""
+    return dataclasses.replace(drama.parse(["--preset", "tiny"])[0], **{**dict(
+        game="GridWorld", cnn_width=3, categoricals=K, classes=C, d_model=14, headdim=7, d_state=6,
+        head_units=9, bins=21, batch_size=b, batch_length=l, horizon=6, actor_units=10, dropout=0.0,
+        critic_units=12, lr_warmup=1), **changes})
+
+
+def scrambled(module, size=0.3):
+    """The module with noise on every parameter, so that no zero or one hides an error."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(size * torch.randn_like(p))
+    return module.eval()
+
+
+@pytest.fixture
+def model():
+    """A world model in eval mode: BatchNorm keeps the frames apart."""
+    return scrambled(WorldModel(small(), ACTIONS))
+
+
+@pytest.fixture
+def agent():
+    """Actor and critics."""
+    return scrambled(ActorCritic(small(), ACTIONS))
+
+
+def make_batch(*opens):
+    """A random batch (b, l) as Replay.batch gives it; opens: where episodes open, row by row."""
+    torch.manual_seed(1)
+    return SimpleNamespace(
+        frame=torch.randint(0, 256, (b, l, 16, 16, 3), dtype=torch.uint8),
+        action=torch.randint(0, ACTIONS, (b, l)), reward=torch.randint(-3, 9, (b, l)).float(),
+        terminated=torch.randint(0, 2, (b, l)).float(),
+        first=torch.tensor([[t in row for t in range(l)] for row in opens]))
+
+
+def make_dream(n=5, h=6):
+    """Random futures (n, h), two of which end for certain."""
+    torch.manual_seed(2)
+    end = torch.rand(n, h) ** 2
+    end[0, 2] = end[1, 0] = 1
+    return drama.Dream(torch.randn(n, h + 1, small().d_feature), torch.randint(0, ACTIONS, (n, h)),
+                       torch.zeros(n, h), 3 * torch.randn(n, h), end)
+
+
+def softmax(x):
+    """Over the last axis, in float64."""
+    x = np.asarray(x, np.float64)
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def chi_square(counts, probs):
+    """Pearson's statistic, in standard deviations above its mean: past 4, these are not probs."""
+    counts = np.asarray(counts)
+    expected = np.asarray(probs) * counts.sum()
+    assert (expected > 5).all(), "too few draws for the test"
+    freedom = len(counts) - 1
+    return (((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)
+
+
+def reaches(loss, module):
+    """Whether the loss has a gradient in the module."""
+    found = torch.autograd.grad(loss.sum(), list(module.parameters()), retain_graph=True,
+                                allow_unused=True)
+    return any(g is not None and bool(g.any()) for g in found)
+
+
+# ---- the scan -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 11, 16, 33])
+@pytest.mark.parametrize("chunk", [1, 4, 16, 64])
+def test_scan_is_recurrence_is_matrix_is_steps(length, chunk):
+    torch.manual_seed(length)
+    for resets in ("none", "random", "before edge", "on edge", "after edge"):
+        for with_state in (False, True):
+            weights = torch.randn(2, length, 3, 5), torch.randn(2, 3, 5, 7)
+            run = partial(ref.values_and_gradients, dtype=torch.float64, weight_y=weights[0],
+                          weight_state=weights[1], first=ref.make_first(resets, 2, length, chunk),
+                          inputs=ref.make_inputs(2, length, 3, 5, 7, with_state))
+            want = run(ref.ssd_recurrent)
+            for path in (ref.ssd_matrix, partial(drama.ssd_scan, chunk_size=chunk),
+                         partial(ref.repeat_step, drama.ssd_step)):
+                got = run(path)
+                assert max(ref.error(got[k], want[k]) for k in want) < 1e-10, (path, resets)
+
+
+def test_scan_by_hand():
+    # halved at each token: 1, 1 + 1/2, 1 + 3/4; a state of 4 adds 2, 1, 1/2; a reset starts anew
+    x, state = torch.ones(1, 3, 1, 1), torch.full((1, 1, 1, 1), 4.0)
+    scan = partial(drama.ssd_scan, x, x[..., 0], torch.tensor([0.5]).log(), x[..., 0], x[..., 0], 2)
+    close(scan()[0].flatten(), [1, 1.5, 1.75])
+    close(scan(state)[0].flatten(), [3, 2.5, 2.25])
+    y, end = scan(state, torch.tensor([[False, False, True]]))
+    close(y.flatten(), [3, 2.5, 1])
+    assert end.item() == 1
+
+
+def test_scan_is_causal_and_leaves_its_state_untouched():
+    torch.manual_seed(0)
+    v = ref.make_inputs(2, 11, 3, 5, 7, True)
+    before, (y, _) = v["state"].clone(), drama.ssd_scan(**v, chunk_size=4)
+    for t in (0, 5, 8, 10):
+        for name in ("x", "dt", "B", "C"):
+            other = v[name].clone()
+            other[:, t] += 1
+            other, _ = drama.ssd_scan(**{**v, name: other}, chunk_size=4)
+            assert torch.equal(other[:, :t], y[:, :t]) and not torch.equal(other[:, t], y[:, t])
+    _, after = drama.ssd_step(**{k: v[k] if k in ("A", "state") else v[k][:, 0] for k in v})
+    assert torch.equal(v["state"], before) and not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("chunk", [32, 128])
+def test_scan_in_float32_at_the_steepest_decays(chunk):
+    torch.manual_seed(0)
+    v = ref.make_inputs(1, 1664, 2, 3, 5, True)
+    v["A"] = torch.tensor([-16.0, -1.0])
+    v["dt"][:, ::3] = 8.0  # decays of exp(-128) a token, among tokens that hardly decay
+    first = ref.make_first("random", 1, 1664, chunk)
+    weights = torch.randn_like(v["x"]), torch.randn_like(v["state"])
+    want = ref.values_and_gradients(ref.ssd_recurrent, v, first, *weights, torch.float64)
+    scan = partial(drama.ssd_scan, chunk_size=chunk)
+    got = ref.values_and_gradients(scan, v, first, *weights, torch.float32)
+    assert all(g.dtype == torch.float32 for g in got.values())
+    assert max(ref.error(got[k], want[k]) for k in want) < 2e-3  # infinite where one is NaN
+
+
+def test_scan_and_state_stay_in_float32_under_autocast():
+    torch.manual_seed(0)
+    v = {k: x.bfloat16() for k, x in ref.make_inputs(2, 11, 3, 5, 7, False).items()}
+    v["state"] = torch.randn(2, 3, 5, 7)
+    want, layer, u = ref.ssd_recurrent(**v), Mamba2(10, 7, 4, 2, 5, 4), torch.randn(2, 11, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        for got in (drama.ssd_scan(**v, chunk_size=4), ref.repeat_step(drama.ssd_step, **v)):
+            assert all(g.dtype == torch.float32 for g in got)
+            assert all(ref.error(*pair) < 1e-5 for pair in zip(got, want, strict=True))
+        _, state = layer(u)
+        assert state[1].dtype == layer.step(u[:, 0], state)[1][1].dtype == torch.float32
+
+
+# ---- Mamba-2 ------------------------------------------------------------------------------------
+
+
+def test_mamba2_has_the_official_parameters_and_initial_values():
+    torch.manual_seed(0)
+    layer = Mamba2(d_model=96, d_state=7, d_conv=3, expand=2, headdim=4, chunk_size=5)
+    inner, heads, channels = 192, 48, 192 + 2 * 7
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
+        "dt_bias": (heads,), "A_log": (heads,), "D": (heads,), "norm.weight": (inner,),
+        "in_proj.weight": (inner + channels + heads, 96), "out_proj.weight": (96, inner),
+        "conv1d.weight": (channels, 1, 3), "conv1d.bias": (channels,)}
+    A, dt = layer.A_log.exp().detach(), F.softplus(layer.dt_bias).detach()
+    assert 1 - 1e-5 < A.min() < 4 and 13 < A.max() < 16 + 1e-4 and (layer.D == 1).all()
+    assert 1e-3 - 1e-6 < dt.min() and dt.max() < 0.1 + 1e-6
+    assert 0.25 < (dt < 0.01).float().mean() < 0.75  # log-uniform: half lie in each decade
+
+
+def naive_mamba2(layer, u):
+    """The layer as [2] has it, from its parameters alone: one episode u (l, d_model), float64."""
+    p = {k: v.detach() for k, v in layer.named_parameters()}
+    h, inner, (channels, _, taps) = *map(len, (p["D"], p["norm.weight"])), p["conv1d.weight"].shape
+    n = (channels - inner) // 2
+    z, xBC, dt = (u @ p["in_proj.weight"].T).split([inner, channels, h], -1)
+    xBC = F.pad(xBC.T, (taps - 1, 0))  # so that the last tap weighs the present token
+    xBC = F.conv1d(xBC, p["conv1d.weight"], p["conv1d.bias"], groups=channels).T
+    x, B, C = (v[None] for v in F.silu(xBC).split([inner, n, n], -1))
+    x, dt = x.unflatten(-1, (h, -1)), (dt + p["dt_bias"]).exp().log1p()[None]
+    y, _ = ref.ssd_recurrent(x, dt, -p["A_log"].exp(), B, C)
+    y = (y + p["D"][:, None] * x).flatten(-2)[0] * F.silu(z)
+    y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p["norm.weight"]
+    return y @ p["out_proj.weight"].T
+
+
+def test_mamba2_is_the_published_layer_and_a_reset_makes_two_sequences():
+    layer = scrambled(Mamba2(10, d_state=7, d_conv=4, expand=2, headdim=5, chunk_size=3)).double()
+    u, first = torch.randn(b, l, 10).double(), torch.zeros(b, l, dtype=torch.bool)
+    first[0, [2, 5, 6]] = first[1, 9] = True
+    for row, cuts in enumerate(([0, 2, 5, 6, l], [0, 9, l])):
+        alone = [naive_mamba2(layer, u[row, i:j]) for i, j in zip(cuts, cuts[1:], strict=False)]
+        exact(layer(u)[0][row].detach(), naive_mamba2(layer, u[row]))
+        exact(layer(u, first=first)[0][row].detach(), torch.cat(alone))
+
+
+@torch.no_grad()
+def test_mamba2_forward_is_step_by_step_with_carried_state_and_resets():
+    layer = scrambled(Mamba2(10, d_state=7, d_conv=4, expand=2, headdim=5, chunk_size=3)).double()
+    u, first = torch.randn(b, l, 10).double(), torch.zeros(b, l, dtype=torch.bool)
+    first[0, [1, 4]] = first[1, [6, 10]] = True
+    whole, end = layer(u, first=first)
+    for cut in (1, 2, 5, 6, 10):
+        y, state = layer(u[:, :cut], first=first[:, :cut])
+        rest, last = layer(u[:, cut:], state, first[:, cut:])
+        exact(torch.cat([y, rest], 1), whole)
+        ys = [y]
+        for t in range(cut, l):
+            [state] = drama.clear([state], first[:, t])
+            before = [s.clone() for s in state]
+            y, new = layer.step(u[:, t], state)
+            assert all(torch.equal(x, y) for x, y in zip(before, state, strict=True))
+            ys, state = [*ys, y[:, None]], new
+        exact(torch.cat(ys, 1), whole)
+        for got in (state, last):
+            assert all(torch.allclose(x, y, atol=1e-10) for x, y in zip(got, end, strict=True))
+
+
+@torch.no_grad()
+def test_sequence_model_is_causal_and_parts_episodes():
+    sequence = scrambled(SequenceModel(small(), ACTIONS)).double()
+    z, action = torch.randn(b, l, K * C).double(), torch.randint(0, ACTIONS, (b, l))
+    first = (torch.arange(l) == 5).expand(b, l)
+    d, _ = sequence(z, action, first=first)
+    exact(torch.cat([sequence(z[:, i], action[:, i])[0] for i in (slice(5), slice(5, l))], 1), d)
+    other, _ = sequence(z, (action + F.one_hot(torch.tensor(7), l)) % ACTIONS, first=first)
+    assert torch.equal(other[:, :7], d[:, :7]) and not torch.equal(other[:, 7], d[:, 7])
+    states = sequence.initial_states(b)
+    for t in range(l):
+        d_t, states = sequence.step(z[:, t], action[:, t], drama.clear(states, first[:, t]))
+        exact(d_t, d[:, t])
+
+
+# ---- small maths --------------------------------------------------------------------------------
+
+
+def test_symlog_and_symexp():
+    x = torch.tensor([0, math.e - 1, 1 - math.e, 1e6, -0.01, 3e-6], dtype=torch.float64)
+    exact(drama.symlog(x), [0, 1, -1, math.log(1e6 + 1), -math.log(1.01), math.log1p(3e-6)])
+    exact(drama.symexp(drama.symlog(x)), x)
+
+
+def test_two_hot():
+    coder = TwoHot(5, 2.0)  # centres -2, -1, 0, 1, 2
+    x = torch.tensor([0.0, math.expm1(0.25), -math.expm1(1.5), 1e9, -1e9, math.expm1(2.0)])
+    want = np.array([[0, 0, 1, 0, 0], [0, 0, 0.75, 0.25, 0], [0.5, 0.5, 0, 0, 0],
+                     [0, 0, 0, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]])
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    close(coder.encode(x), want)
+    close(coder.loss(logits, x), -(want * np.log(softmax(logits))).sum(-1))
+    close(coder.mean(torch.zeros(3, 5)), 0)
+    coder, x = TwoHot(255, 20.0), torch.tensor([[0.0, 1, -1, 0.3], [21, -777, 1e5, 3e-3]])
+    code = coder.encode(x)
+    assert code.shape == (2, 4, 255) and (code >= 0).all() and ((code > 0).sum(-1) <= 2).all()
+    close(code.sum(-1), 1)
+    close(coder.mean(code.log()), x)
+
+
+def test_unimix_divides_by_the_classes():
+    logits = torch.zeros(2, K, C)
+    logits[..., 1] = 200.0  # all but the floor lies on class 1
+    floor = 0.01 / C
+    close(drama.unimix(logits, 0.01).exp(), [[[floor, 0.99 + floor] + 3 * [floor]] * K] * 2, atol=0)
+    probs = drama.unimix(torch.randn(4, K, C), 0.2).exp()
+    close(probs.sum(-1), np.ones((4, K)), rtol=1e-5)
+    assert probs.min() > 0.2 / C
+
+
+def test_draws_and_straight_through():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.0, 1.0, -1.0, 0.5, -0.3], requires_grad=True)
+    draws, p = drama.draw_one_hot(logits.log_softmax(-1).expand(4000, C)), softmax(logits.detach())
+    assert (draws.sum(-1) == 1).all() and ((draws == 0) | (draws == 1)).all()
+    assert chi_square(draws.sum(0).tolist(), p) < 4
+    sample, w = drama.straight_through(logits.log_softmax(-1)), np.array([0.3, -1.0, 2.0, 0.7, 5.0])
+    close(sorted(sample.tolist()), [0, 0, 0, 0, 1])
+    [got] = torch.autograd.grad((sample * torch.tensor(w)).sum(), logits)
+    close(got, p * (w - p @ w))  # the gradient of w . softmax(logits)
+
+
+def test_kl_and_free_bits():
+    # 1/2 ln(1/2 : 1/4) + 1/2 ln(1/2 : 3/4) = 1/2 ln(4/3), K times over
+    p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    close(drama.kl_divergence(p.expand(4, K, 2), q.expand(4, K, 2)), [K / 2 * math.log(4 / 3)] * 4)
+    kl = torch.tensor([0.2, 0.999, 1.5], requires_grad=True)
+    freed = drama.free_bits(kl, 1.0)
+    assert freed.tolist() == [1, 1, 1.5]
+    assert torch.autograd.grad(freed.sum(), kl)[0].tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("lam, want", [(0.5, [2.5, 2, 11]), (0.0, [3, 2, 11]), (1.0, [2, 2, 11])])
+def test_lambda_return(lam, want):
+    # R_2 = 3 + 16/2; R_1 = 2, the end; R_0 = 1 + 1/2 ((1 - lam) 4 + lam 2); V_0 is nowhere used
+    reward, end = torch.tensor([[1.0, 2, 3]]), torch.tensor([[0.0, 1, 0]])
+    value = torch.tensor([[100.0, 4, 8, 16]])
+    assert drama.lambda_return(reward, end, value, 0.5, lam).tolist() == [want]
+    dream, value = make_dream(), torch.randn(5, 7)
+    r, e, v, h = dream.reward.numpy(), dream.end.numpy(), value.numpy(), 6
+    want = np.zeros((5, h))
+    for t in range(h):  # the mean of the n-step returns, weighted (1 - lam) lam^(n-1)
+        summed, kept = 0.0, 1.0
+        for n in range(t, h):
+            summed, kept = summed + kept * r[:, n], kept * 0.9 * (1 - e[:, n])
+            share = lam ** (n - t) * (1 if n == h - 1 else 1 - lam)
+            want[:, t] += share * (summed + kept * v[:, n + 1])
+    close(drama.lambda_return(dream.reward, dream.end, value, 0.9, lam), want)
+
+
+# ---- replay and DFS -----------------------------------------------------------------------------
+
+
+def make_replay(tmp_path, rows=60, **changes):
+    """A replay of `rows` rows that count: frame, action, reward; every 7th opens an episode."""
+    cfg, path = small(steps=rows + 5, **changes), tmp_path / "frames.bin"
+    np.zeros((cfg.steps, 16, 16, 3), np.uint8).tofile(path)
+    replay = Replay(path, cfg, torch.device("cpu"))
+    for i in range(rows):
+        frame = np.full((16, 16, 3), i, np.uint8)
+        replay.add(frame, i % ACTIONS, i, i % 7 == 6, i % 7 == 0, torch.tensor([i % C, 0, 1]))
+    return replay
+
+
+def test_windows_are_contiguous_and_hold_their_rows(tmp_path):
+    replay = make_replay(tmp_path)
+    for rows, shape in ((replay.draw_sequences(), (b, l)), (replay.draw_contexts(), (7, 4))):
+        assert rows.shape == shape and (rows.diff(dim=1) == 1).all() and rows.max() < replay.size
+        batch = replay.batch(rows)
+        assert (batch.frame == rows[..., None, None, None]).all()
+        assert torch.equal(batch.action, rows % ACTIONS) and torch.equal(batch.reward, rows.float())
+        assert torch.equal(batch.terminated, (rows % 7 == 6).float())
+        assert torch.equal(batch.first, rows % 7 == 0)
+
+
+def test_dfs_formulas():
+    v, dreamt = torch.tensor([0, 10, 20, 5]), torch.tensor([0, 6, 33, 12])
+    close(drama.dfs_sequence_logits(v, 10.0).softmax(-1), softmax([0, -1, -2, -0.5]))
+    # v - b / 1.5 = 0, 6, -2, -3: where more was learnt than dreamt, all are alike
+    close(drama.dfs_dream_logits(v, dreamt, 1.5, 10.0).softmax(-1), softmax([0, 0, -0.2, -0.3]))
+    v, dreamt = torch.randint(0, 50, (2, 31))
+    learn = np.array([math.exp(-x / 7) for x in v])
+    dream = np.array([math.exp(min(0, x - y / 2.5) / 7) for x, y in zip(v, dreamt, strict=True)])
+    close(drama.dfs_sequence_logits(v, 7.0).softmax(-1), learn / learn.sum(), atol=0)
+    close(drama.dfs_dream_logits(v, dreamt, 2.5, 7.0).softmax(-1), dream / dream.sum(), atol=0)
+
+
+def test_draws_are_without_replacement_and_counted(tmp_path):
+    replay = make_replay(tmp_path, rows=16)
+    v, dreamt = torch.zeros(2, 16, dtype=torch.int32)
+    for _ in range(40):
+        starts, contexts = replay.draw_sequences()[:, 0], replay.draw_contexts()[:, 0]
+        assert len(set(starts.tolist())) == b and len(set(contexts.tolist())) == 7
+        v[starts] += 1
+        dreamt[contexts] += 1
+    assert torch.equal(replay.v[:16], v) and torch.equal(replay.b[:16], dreamt)
+    assert (v > 0).tolist() == [True] * 6 + [False] * 10  # 16 - 11 + 1 starts; 16 - 4 + 1
+    assert (dreamt > 0).tolist() == [True] * 13 + [False] * 3
+    replay.cfg = small(steps=21, dreams=30)  # more than there are starts
+    assert len(replay.draw_contexts()) == 13
+
+
+@pytest.mark.parametrize("sampler", ["dfs", "uniform"])
+def test_draws_follow_the_probabilities(tmp_path, sampler):
+    torch.manual_seed(0)
+    replay = make_replay(tmp_path, rows=15, sampler=sampler, dreams=3)  # 5 starts, 12; s = 3/2
+    v = torch.tensor([0, 3, 8, 1, 5, 2, 2, 0, 9, 4, 0, 7, 1, 2, 3], dtype=torch.int32)
+    dreamt = torch.tensor([9, 3, 0, 7, 5, 15, 30, 2, 2, 6, 24, 1, 0, 0, 0], dtype=torch.int32)
+    pairs, firsts = np.zeros((5, 5)), np.zeros(12)
+    for _ in range(3000):
+        replay.v[:15], replay.b[:15] = v, dreamt
+        firsts[replay.draw_contexts()[0, 0]] += 1
+        pairs[tuple(replay.draw_sequences()[:, 0])] += 1
+    learn, dream = np.ones(5) / 5, np.ones(12) / 12
+    if sampler == "dfs":
+        learn = softmax(-v[:5].numpy() / 10)
+        dream = softmax(np.minimum(0, v[:12].numpy() - dreamt[:12].numpy() / 1.5) / 10)
+    off = ~np.eye(5, dtype=bool)  # first i, then j of what is left
+    assert chi_square(pairs[off], (learn[:, None] * learn / (1 - learn[:, None]))[off]) < 4
+    assert chi_square(firsts, dream) < 4
+
+
+def test_counts_of_a_million_are_no_trouble(tmp_path):
+    replay = make_replay(tmp_path, rows=20)
+    replay.b[:] = 5_000_000
+    for _ in range(5):
+        replay.v[:] = 1_000_000
+        replay.v[[2, 7]] = 0  # never trained on: two of ten starts
+        assert set(replay.draw_sequences()[:, 0].tolist()) == {2, 7}
+        assert len(set(replay.draw_contexts()[:, 0].tolist())) == 7
+    logits = drama.dfs_dream_logits(replay.v, replay.b, 3.5, 10.0)
+    close(logits.softmax(-1).sum(), 1)
+
+
+# ---- the rows of a run --------------------------------------------------------------------------
+
+
+class Counting:
+    """Frames whose colours are frames so far, episode, step; NEXT_STEP autoreset.
+
+    Reward 10 (episode + 1) + step. The third action of an episode costs a life. Episodes of 7, 4,
+    9, 5 steps end in turn by game over and by truncation; environment i is i lengths ahead.
+    """
+
+    LENGTHS, single_action_space = (7, 4, 9, 5), Discrete(3)
+
+    def __init__(self, game, n, size):
+        self.size, self.calls, self.log = size, 0, []
+        self.count, self.episode, self.time, self.over = np.zeros((4, n), int)
+
+    def _frames(self):
+        colours = np.stack([self.count, self.episode, self.time], -1).astype(np.uint8)
+        return np.tile(colours[:, None, None, None], (1, 1, self.size, self.size, 1))
+
+    def reset(self, seed=None):
+        return self._frames(), {"lives": np.full(len(self.over), 3)}
+
+    def step(self, actions):
+        self.calls += 1
+        before, reward, lost, out = self._frames(), *np.zeros((3, len(self.over)), int)
+        for i, action in enumerate(actions):
+            if self.over[i]:
+                self.over[i], self.time[i], self.episode[i] = 0, 0, self.episode[i] + 1
+                continue
+            opens, reward[i] = self.time[i] == 0, 10 * (self.episode[i] + 1) + self.time[i]
+            self.time[i] += 1
+            self.over[i] = self.time[i] == self.LENGTHS[(self.episode[i] + i) % 4]
+            lost[i] = self.time[i] == 3 or (self.over[i] and self.episode[i] % 2 == 0)
+            out[i] = self.over[i] and self.episode[i] % 2
+            self.log.append((before[i, 0], action, reward[i], lost[i], opens))
+        self.count += 1
+        lives = {"lives": np.where(self.over, 0, 2)}
+        return self._frames(), reward, lost.astype(bool), out.astype(bool), lives
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They take longer than a short run."""
+    for name in ("draw_curves", "draw_dreams"):
+        monkeypatch.setattr(drama, name, lambda *_: None)
+
+
+def read_csv(path):
+    """The rows of a table."""
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_of_a_run_and_scores_of_its_evaluation(no_pictures, monkeypatch, tmp_path, capsys):
+    envs, told, act = [], [], Player.act
+    monkeypatch.setattr(drama, "make_env", lambda *x: envs.append(Counting(*x)) or envs[-1])
+    monkeypatch.setattr(Player, "act", lambda self, frame, first, **k: told.extend(
+        zip(frame[:, 0, 0, 2] == 0, first, strict=True)) or act(self, frame, first, **k))
+    # with the options that the other runs leave out
+    argv = [*"--game Pong --act_context 0 --sampler uniform --stored_latents false".split(), *RUN,
+            "--precision", "bfloat16", "--out", str(tmp_path)]
+    assert drama.main([*argv, "--steps", "90"]) == 0
+    rows = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["replay"]
+    frames = np.fromfile(tmp_path / "frames.bin", np.uint8).reshape(90, 16, 16, 3)
+    # by hand: frame 7 closes the first episode and 8 opens the next; then frames 12 and 13
+    assert frames[:13, 5, 5, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 13, 14]
+    assert rows["reward"][:13].tolist() == [10, 11, 12, 13, 14, 15, 16, 20, 21, 22, 23, 30, 31]
+    assert rows["terminated"][:13].int().tolist() == [0, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0]
+    assert rows["first"][:13].int().tolist() == [1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0]
+    seen, *columns = zip(*envs[0].log, strict=True)  # and all of it, as the environment saw it
+    assert np.array_equal(frames, seen) and set(columns[0]) == {0, 1, 2}
+    for name, column in zip(("action", "reward", "terminated", "first"), columns, strict=True):
+        assert rows[name].tolist() == list(column), name
+    episodes = read_csv(tmp_path / "episodes.csv")
+    assert [e["step"] for e in episodes] == "7 11 20 25 32 36 45 50 57 61 70 75 82 86".split()
+    assert [e["length"] for e in episodes] == "7 4 9 5 7 4 9 5 7 4 9 5 7 4".split()
+    assert [float(e["return"]) for e in episodes][:3] == [91, 86, 306]
+    assert envs[0].calls == 90 + 14  # an autoreset is a step of the environment, not of the run
+    capsys.readouterr()
+    assert drama.main([*argv, "--eval", "5", "--eval_envs", "3"]) == 0
+    scores = [91, 86, 46, 216, 126]  # shares of 2, 2, 1: lengths 7 and 4, 4 and 9, 9
+    out = capsys.readouterr().out
+    assert [float(x) for x in re.search(r"scores: (.*)", out)[1].split()] == scores
+    assert f"mean {np.mean(scores):.2f}" in out and f"{np.std(scores):.2f}" in out
+    assert all(opens == first for opens, first in told)  # the player knows where episodes open
+
+
+def test_a_lost_life_of_breakout_is_no_end_of_the_episode():
+    env, rng, seen = drama.make_env("Breakout", 1, 16), np.random.default_rng(0), []
+    over, (frame, info) = drama.episode_over, env.reset(seed=3)
+    assert frame.shape == (1, 1, 16, 16, 3) and frame.dtype == np.uint8 and info["lives"] == 5
+    while len(seen) < 5:
+        before = info["lives"]
+        _, _, terminated, truncated, info = env.step(rng.integers(4, size=1))
+        assert terminated == (info["lives"] < before) and not truncated
+        if terminated:
+            seen.append((info["lives"].item(), over(terminated, truncated, info).item()))
+    assert seen == [(4, False), (3, False), (2, False), (1, False), (0, True)]
+    _, reward, terminated, truncated, info = env.step(np.zeros(1, int))  # the autoreset
+    assert not (reward or terminated or truncated) and info["lives"] == 5
+    ends = np.array([[False, True], [True, True]])  # terminated, truncated
+    assert over(*ends, {"lives": np.array([2, 1])}).all()  # out of time, with lives left
+
+
+def test_updates_keep_and_use_latents(tmp_path, model, agent):
+    replay = make_replay(tmp_path, batch_size=1)  # of two sequences one may overwrite the other's
+    learner, acting = drama.make_learners(small(), model, agent)
+    loss, imagine, draw, seen = model.loss, model.imagine, replay.draw_contexts, {}
+    model.loss = lambda batch: seen.setdefault("loss", (batch.rows, *loss(batch)))[1:]
+    model.imagine = lambda actor, *past: seen.update(past=past) or imagine(actor, *past)
+    replay.draw_contexts = lambda: seen.setdefault("rows", draw())
+    drama.update_world_model(model, learner, replay)
+    rows, _, z, _ = seen["loss"]
+    assert torch.equal(replay.latent[rows], z.argmax(-1).byte()) and z.shape == (1, l, K, C)
+    for stored in (True, False):
+        drama.update_actor_critic(small(stored_latents=stored), model, agent, acting, replay)
+        (z, action, first), rows = seen["past"], seen.pop("rows")
+        assert torch.equal(z, model.one_hot(replay.latent[rows])) == stored
+        assert torch.equal(action, rows % ACTIONS) and torch.equal(first, rows % 7 == 0)
+
+
+# ---- the world model ----------------------------------------------------------------------------
+
+
+def test_parameter_counts_of_the_paper():
+    cfg = drama.parse(["--preset", "paper"])[0]
+    model, agent = WorldModel(cfg, 6), ActorCritic(cfg, 6)
+    parts = (model.encoder, model.decoder, model.sequence, model.reward, model.termination, model,
+             agent.actor, agent.critic)
+    assert [sum(p.numel() for p in part.parameters()) for part in parts] == [
+        232_272, 1_281_811, 3_737_504, 197_119, 131_841, 7_155_459, 527_366, 1_444_607]
+
+
+@torch.no_grad()
+def test_world_model_losses_against_numpy(model):
+    model.cfg, batch = small(free_bits=5.0), make_batch((0, 4), (7,))
+    losses, z, kl = model.loss(batch)
+    assert model.weights == dict.fromkeys(losses, 1) | {"representation": 0.1}
+    assert all(x.shape == (b, l) for x in [*losses.values(), kl]) and z.shape == (b, l, K, C)
+    d, _ = model.sequence(z.flatten(-2), batch.action, first=batch.first)
+    frame, code = model.decode(z.flatten(-2)).numpy(), model.two_hot.encode(batch.reward).numpy()
+    end = 1 / (1 + np.exp(-model.termination(d)[..., 0].numpy()))
+    post, prior = model.encode(batch.frame).numpy(), model.log_prior(d).numpy()
+    known = ~batch.first.numpy()
+    known[:, 0] = False  # nothing before it in the window
+    foretold = np.roll(prior, 1, axis=1)  # z_t is foretold by d_{t-1}
+    divergence = known * (np.exp(post) * (post - foretold)).sum((-2, -1))
+    assert (kl > 5).any() and ((kl < 5) & (kl > 0)).any()  # both sides of the free bits
+    close(kl, divergence)
+    free = known * np.maximum(5, divergence)
+    real = batch.frame.numpy().transpose(0, 1, 4, 2, 3) / 255
+    want = dict(reconstruction=((frame - real) ** 2).sum((2, 3, 4)),
+                reward=-(code * np.log(softmax(model.reward(d)))).sum(-1),
+                termination=-np.log(np.where(batch.terminated, end, 1 - end)),
+                dynamics=free, representation=free)
+    assert want.keys() == losses.keys()
+    for name in want:
+        close(losses[name], want[name], err_msg=name)
+
+
+@torch.no_grad()
+def test_nothing_passes_the_line_between_two_episodes(model):
+    def run(change):
+        batch = make_batch((5,), (5,))
+        batch.frame[:, change] = 255 - batch.frame[:, change]
+        batch.action[:, change] = (batch.action[:, change] + 1) % ACTIONS
+        torch.manual_seed(0)  # the same noise for the latents
+        losses, _, kl = model.loss(batch)
+        return {**losses, "kl": kl}
+
+    plain, past, future = run(slice(0)), run(slice(5)), run(slice(5, l))
+    for name in plain:
+        close(past[name][:, 5:], plain[name][:, 5:], atol=1e-6, err_msg=name)
+        close(future[name][:, :5], plain[name][:, :5], atol=1e-6, err_msg=name)
+        assert not torch.allclose(past[name][:, 1:5], plain[name][:, 1:5])
+        assert not torch.allclose(future[name][:, 6:], plain[name][:, 6:])
+    for name in ("kl", "dynamics", "representation"):
+        assert (plain[name][:, 5] == 0).all() and (future[name][:, 5] == 0).all()
+
+
+def test_stop_gradients_of_the_world_model(model):
+    model.cfg, encode, posts = small(free_bits=0.0), model.encode, []
+    model.encode = lambda frame: posts.append(encode(frame)) or posts[-1]
+    losses, z, kl = model.loss(make_batch((), ()))
+    assert not z.requires_grad and not kl.requires_grad
+    dynamics, representation = losses["dynamics"], losses["representation"]
+    [by_dynamics] = torch.autograd.grad(dynamics.sum(), posts, retain_graph=True)
+    [by_representation] = torch.autograd.grad(representation.sum(), posts, retain_graph=True)
+    # the last latent is but a target of the prior; the earlier ones are its input too
+    assert not by_dynamics[:, -1].any() and by_dynamics[:, :-1].any()
+    assert reaches(dynamics, model.prior) and reaches(dynamics, model.sequence)
+    assert not by_representation[:, 0].any() and by_representation[:, 1:].all()
+    assert reaches(representation, model.encoder) and not reaches(representation, model.prior)
+    assert not reaches(representation, model.sequence)
+    for name in ("reconstruction", "reward", "termination"):  # through the straight-through sample
+        assert reaches(losses[name], model.encoder), name
+    model.cfg = small(free_bits=1e3)
+    losses, _, _ = model.loss(make_batch((), ()))
+    assert not reaches(losses["dynamics"] + losses["representation"], model)
+
+
+def test_world_model_overfits_a_batch():
+    torch.manual_seed(0)
+    cfg, batch = small(model_lr=5e-3, cnn_width=8), make_batch((0,), (3,))
+    batch.frame[:] = 25 * torch.arange(l)[:, None, None, None]  # frame t is of grey 25 t
+    model = WorldModel(cfg, ACTIONS)
+    learner, _ = drama.make_learners(cfg, model, ActorCritic(cfg, ACTIONS))
+    start, *_, end = (learner.step(model.loss(batch)[0], model.weights) for _ in range(100))
+    assert start["reconstruction"] > 5 * end["reconstruction"], end
+    assert start["reward"] > 2.5 * end["reward"] and start["termination"] > 2 * end["termination"]
+
+
+@torch.no_grad()
+def test_imagination_step_by_step(model, agent):
+    n, k, h = 7, 4, 6
+    model.prior.weight *= 300  # latents nearly certain, so that they show the prior they came from
+    agent.actor[-1].weight *= 3
+    z = F.one_hot(torch.randint(0, C, (n, k, K)), C).flatten(-2).float()
+    action, first = torch.randint(0, ACTIONS, (n, k)), torch.zeros(n, k, dtype=torch.bool)
+    first[0, 2] = first[1, k - 1] = first[2, 0] = True
+    torch.manual_seed(7)
+    dream = model.imagine(agent.actor, z, action, first)
+    dreamt, d = dream.feature.split([K * C, small().d_model], -1)
+    assert torch.equal(dreamt[:, 0], z[:, -1]) and dream.action.shape == (n, h)
+    # the whole path in one forward pass: d_t of (z_t, a_t) foretells z_{t+1}, r_t and e_t
+    actions = F.pad(torch.cat([action[:, :-1], dream.action], 1), (0, 1))
+    path = torch.cat([z[:, :-1], dreamt], 1)
+    want, _ = model.sequence(path, actions, first=F.pad(first, (0, h)))
+    close(d, want[:, k - 2:-1] * ~F.pad(first[:, -1:], (0, h))[..., None])  # d_{-1} = 0
+    want = want[:, k - 1:-1]
+    close(dream.reward, model.two_hot.mean(model.reward(want)), rtol=1e-2)
+    close(dream.end, model.termination(want)[..., 0].sigmoid())
+    foretold = model.log_prior(want).argmax(-1)
+    assert (model.one_hot(foretold) == dreamt[:, 1:]).float().mean() > 0.95
+    assert foretold.unique().numel() > 2
+    # the action's log-probability when it was drawn is that of the update
+    log_pi = np.log(softmax(agent.actor(dream.feature[:, :-1])))
+    close(dream.log_pi, np.take_along_axis(log_pi, dream.action.numpy()[..., None], -1)[..., 0])
+    assert dream.log_pi.std() > 0.1
+    # the recorded action of the last context frame is not used
+    torch.manual_seed(7)
+    action[:, -1] = (action[:, -1] + 1) % ACTIONS
+    again = model.imagine(agent.actor, z, action, first)
+    assert all(torch.equal(x, y) for x, y in zip(dream, again, strict=True))
+
+
+def test_dreams_follow_the_actor_and_leave_no_gradient_in_the_world_model(model, agent):
+    chances = [0.1, 0.2, 0.3, 0.4]
+    with torch.no_grad():
+        agent.actor[-1].weight.zero_()
+        agent.actor[-1].bias.copy_(torch.tensor(chances).log())
+    z, zeros = torch.zeros(300, 4, K * C), torch.zeros(300, 4, dtype=torch.int64)
+    dream = model.imagine(agent.actor, z, zeros, zeros.bool())
+    assert chi_square(dream.action.flatten().bincount(), chances) < 4
+    assert not any(x.requires_grad for x in dream)
+    sum(loss.sum() for loss in agent.loss(dream)[0].values()).backward()
+    assert all(p.grad is None for p in [*model.parameters(), *agent.slow_critic.parameters()])
+    assert all(p.grad is not None for p in [*agent.actor.parameters(), *agent.critic.parameters()])
+
+
+def test_weight_decay_reaches_matrices_and_kernels_alone(model, agent):
+    learner, acting = drama.make_learners(small(weight_decay=0.5, model_lr=0.01), model, agent)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    learner.optimiser.step()
+    types = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.ConvTranspose2d)
+    want = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, types)}
+    for name, p in model.named_parameters():
+        rate = 1 - 0.01 * 0.5 if name in want else 1
+        close(p.detach(), before[name] * rate, rtol=1e-5, atol=0, err_msg=name)
+    trained = [id(p) for group in acting.optimiser.param_groups for p in group["params"]]
+    both = [*agent.actor.parameters(), *agent.critic.parameters()]
+    assert sorted(trained) == sorted(map(id, both)) and len(want) > 10
+
+
+def test_learner_warms_up_clips_and_refuses_what_is_not_finite():
+    p, moved = torch.nn.Parameter(torch.zeros(2)), []
+    learner = drama.Learner(torch.optim.SGD([p], 0.8), clip=5.0, warmup=4)
+    for _ in range(6):
+        before = p.tolist()
+        means = learner.step(dict(a=p[:1] * 30, b=p[1:] * 80), dict(a=1.0, b=0.5))
+        moved.append(np.subtract(before, p.tolist()))
+    assert means["gradient_norm"] == pytest.approx(50)  # (30, 40), clipped to (3, 4)
+    close(moved, np.outer([0.2, 0.4, 0.6, 0.8, 0.8, 0.8], [3, 4]))
+    with pytest.raises(FloatingPointError, match="b"):
+        learner.step(dict(a=p[:1], b=p[1:] * math.nan), dict(a=1.0, b=1.0))
+    with pytest.raises(AssertionError):
+        learner.step(dict(a=p[:1]), dict(a=1.0, b=1.0))
+    assert p.isfinite().all()
+
+
+# ---- actor and critic ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_actor_critic_losses_against_numpy(agent):
+    dream, cfg = make_dream(), small()
+    value = agent.two_hot.mean(agent.critic(dream.feature))
+    R = drama.lambda_return(dream.reward, dream.end, value, cfg.gamma, cfg.lam)
+    log_pi = np.log(softmax(agent.actor(dream.feature)))[:, :-1]
+    log_bins = np.log(softmax(agent.critic(dream.feature)))[:, :-1]
+    slow = agent.two_hot.mean(agent.slow_critic(dream.feature))[:, :-1]
+    alive = np.ones((5, 6))
+    for t in range(5):
+        alive[:, t + 1] = alive[:, t] * (1 - dream.end[:, t].numpy())
+    width = np.subtract(*np.percentile(R, [95, 5]))
+    for old in (0.0, 300.0):  # below 1 the scale does not divide
+        agent.scale.fill_(old)
+        losses, _ = agent.loss(dream)
+        scale = 0.99 * old + 0.01 * width
+        assert agent.scale.item() == pytest.approx(scale, rel=1e-4)
+        advantage = (R - value[:, :-1]).numpy() / max(1, scale)
+        chosen = np.take_along_axis(log_pi, dream.action.numpy()[..., None], -1)[..., 0]
+        want = dict(policy=-chosen * advantage, entropy=(np.exp(log_pi) * log_pi).sum(-1),
+                    value=-(agent.two_hot.encode(R).numpy() * log_bins).sum(-1),
+                    slow_value=-(agent.two_hot.encode(slow).numpy() * log_bins).sum(-1))
+        assert agent.weights == dict(policy=1, entropy=cfg.entropy, value=1, slow_value=1)
+        assert want.keys() == losses.keys()
+        for name in want:
+            assert losses[name].shape == (5, 6)
+            close(losses[name], alive * want[name], err_msg=name)
+    assert not (alive[0, 3:].any() or alive[1, 1:].any())  # after an end nothing is learnt
+
+
+def test_stop_gradients_of_actor_and_critic(agent):
+    dream, cfg, critic = make_dream(), small(), list(agent.critic.parameters())
+    losses, _ = agent.loss(dream)
+    for names, own, other in ((("policy", "entropy"), agent.actor, agent.critic),
+                              (("value", "slow_value"), agent.critic, agent.actor)):
+        for name in names:
+            assert reaches(losses[name], own) and not reaches(losses[name], other), name
+    assert not any(p.requires_grad for p in agent.slow_critic.parameters())
+    # the target stands still: the gradient is that of the cross-entropy to a constant
+    logits = agent.critic(dream.feature)
+    value = agent.two_hot.mean(logits).detach()
+    R = drama.lambda_return(dream.reward, dream.end, value, cfg.gamma, cfg.lam)
+    alive = F.pad((1 - dream.end).cumprod(1), (1, 0), value=1.0)[:, :-1]
+    cross = -(agent.two_hot.encode(R) * logits[:, :-1].log_softmax(-1)).sum(-1) * alive
+    for got, want in zip(torch.autograd.grad(losses["value"].sum(), critic),
+                         torch.autograd.grad(cross.sum(), critic), strict=True):
+        close(got, want)
+
+
+def test_slow_critic_follows(agent):
+    fast, slow = ([p.detach().clone() for p in m.parameters()]
+                  for m in (agent.critic.requires_grad_(False), scrambled(agent.slow_critic)))
+    agent.update_slow_critic()
+    for p, q, r in zip(agent.slow_critic.parameters(), fast, slow, strict=True):
+        close(p, 0.02 * q + 0.98 * r, atol=1e-6)
+    assert all(torch.equal(p, q) for p, q in zip(agent.critic.parameters(), fast, strict=True))
+
+
+# ---- the player ---------------------------------------------------------------------------------
+
+
+def play(model, agent, first, context):
+    """Act on random frames -> (steps, n) features that the actor saw, actions, latents."""
+    steps, n = first.shape
+    seen, player = [], Player(small(act_context=context), model, agent, n, torch.device("cpu"))
+    hook = agent.actor.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone()))
+    torch.manual_seed(0)  # the same frames and the same noise, whatever the context
+    frames = torch.randint(0, 256, (steps, n, 16, 16, 3), dtype=torch.uint8)
+    acted = [player.act(frame, opens) for frame, opens in zip(frames, first, strict=True)]
+    hook.remove()
+    return torch.stack(seen), *(torch.stack(x) for x in zip(*acted, strict=True))
+
+
+@torch.no_grad()
+def test_player_rebuilds_the_state_that_it_would_carry(model, agent):
+    opens = ((0, 9), (0, 5, 6), (0,))
+    first = torch.tensor([[t in row for row in opens] for t in range(18)])
+    carried, rebuilt = (play(model, agent, first, context) for context in (0, 18))
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(carried, rebuilt, strict=True))
+    for (feature, action, latent), context in ((carried, 18), (play(model, agent, first, 3), 3)):
+        z, d = feature.split([K * C, small().d_model], -1)
+        assert torch.equal(z, F.one_hot(latent, C).flatten(-2).float())  # of the frame just seen
+        assert not d[first].any() and d[~first].any(-1).all()
+        for t in range(1, 18):
+            past = slice(max(0, t - context), t)
+            want, _ = model.sequence(*(x[past].transpose(0, 1) for x in (z, action)),
+                                     first=first[past].T)
+            close(d[t], want[:, -1] * ~first[t, :, None])
+
+
+@torch.no_grad()
+def test_random_actions_are_uniform(model, agent):
+    agent.actor[-1].bias.copy_(torch.tensor([9.0, 0, 0, 0]))
+    frame, first = torch.zeros(800, 16, 16, 3, dtype=torch.uint8), torch.ones(800).bool()
+    act = Player(small(), model, agent, 800, torch.device("cpu")).act
+    assert chi_square(act(frame, first, at_random=True)[0].bincount(), [0.25] * 4) < 4
+    assert (act(frame, first)[0] == 0).float().mean() > 0.75
+
+
+# ---- GridWorld ----------------------------------------------------------------------------------
+
+
+def test_best_return_of_gridworld_by_value_iteration():
+    pairs, value = [(a, g) for a in range(9) for g in range(9) if a != g], np.zeros((9, 9))
+    for _ in range(64):
+        fresh, new = np.mean([value[pair] for pair in pairs]), np.zeros((9, 9))
+        for a, g in pairs:
+            near = [min(max(a // 3 + dy, 0), 2) * 3 + min(max(a % 3 + dx, 0), 2)
+                    for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0))]
+            new[a, g] = max(1 + fresh if cell == g else value[cell, g] for cell in near)
+        value = new
+    exact(drama.GridWorld.best_return(), np.mean([value[pair] for pair in pairs]), rtol=0)
+
+
+def test_gridworld_plays_by_its_rules():
+    n, returns = 60, 0
+    env = drama.make_env("GridWorld", n, 10)  # two pixels a cell
+    frame, _ = env.reset(seed=5)
+    for t in range(64):
+        assert frame.shape == (n, 1, 10, 10, 3) and frame.dtype == np.uint8
+        assert not frame[:, 0, :2].any() and not frame[:, 0, :, -2:].any()  # walls
+        cells = frame[:, 0, ::2, ::2]
+        agent, goal = (np.argwhere((cells == x).all(-1)) for x in ((255, 0, 0), (255, 255, 0)))
+        assert (agent[:, 0] == range(n)).all() and (goal[:, 0] == range(n)).all()
+        dy, dx = (goal - agent)[:, 1:].T  # read off the picture, as a perfect player would
+        action = np.where(dy, np.where(dy < 0, 0, 1), np.where(dx < 0, 2, 3))
+        frame, reward, terminated, truncated, _ = env.step(action)
+        assert (reward == (abs(dy) + abs(dx) == 1)).all() and not terminated.any()
+        assert (truncated == (t == 63)).all()
+        returns = returns + reward
+    assert abs(returns.mean() - drama.GridWorld.best_return()) < 4 * returns.std() / math.sqrt(n)
+    env.agent[:], env.goal[:] = (0, 0), (2, 2)
+    _, reward, _, truncated, _ = env.step(action)  # the autoreset, which places both anew
+    assert not reward.any() and not truncated.any() and len(np.unique(env.agent, axis=0)) == 9
+    env.agent[:], env.goal[:] = (0, 0), (2, 2)
+    frame, *_ = env.step(np.arange(n) % 2 * 2)  # up or left: a wall stops the agent
+    assert (frame[:, 0, 2:4, 2:4] == (255, 0, 0)).all()
+
+
+# ---- end to end ---------------------------------------------------------------------------------
+
+
+def test_two_runs_with_one_seed_are_alike(no_pictures, tmp_path):
+    tables = []
+    for name in ("one", "two"):
+        argv = ["--game", "GridWorld", *RUN, "--steps", "140", "--out", str(tmp_path / name)]
+        assert drama.main(argv) == 0
+        tables.append([[{**row, "seconds": ""} for row in read_csv(tmp_path / name / table)]
+                       for table in ("metrics.csv", "episodes.csv")])
+    assert tables[0] == tables[1]
+    metrics, episodes = tables[0]
+    assert [int(row["step"]) for row in metrics] == [40, 60, 80, 100, 120, 140]
+    assert [int(row["updates"]) for row in metrics] == [1, 3, 6, 8, 11, 13]  # at 40, 48, 56, …
+    assert [(row["step"], row["length"]) for row in episodes] == [("64", "64"), ("128", "64")]
+    assert all(math.isfinite(float(x or 0)) for row in metrics for x in row.values())
+
+
+def test_a_run_of_pong_writes_its_files_and_is_evaluated(tmp_path, capsys):
+    argv = ["--game", "Pong", *RUN, "--out", str(tmp_path)]
+    assert drama.main([*argv, "--steps", "300"]) == 0
+    for name, frames in (("curves.png", 1), ("dream.png", 1), ("dream.gif", 4 + 12)):
+        with Image.open(tmp_path / name) as image:
+            image.load()
+            assert f".{image.format.lower()}" == Path(name).suffix and min(image.size) > 100
+            assert getattr(image, "n_frames", 1) == frames  # of context and dreamt
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 3
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert (settings["game"], settings["steps"], settings["batch_size"]) == ("Pong", 300, 3)
+    assert read_csv(tmp_path / "metrics.csv")[-1]["step"] == "300"
+    assert (tmp_path / "episodes.csv").exists()
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["at"]["step"] == 300 and len(saved["replay"]["action"]) == 300
+    capsys.readouterr()
+    assert drama.main([*argv, "--eval", "1"]) == 0
+    told = capsys.readouterr().out
+    score = float(re.search(r"mean (-?\d+\.\d\d)\b", told)[1])
+    assert -21 <= score <= 21 and float(re.search(r"scores: (\S+)", told)[1]) == score
+    published = dict(random="-20.7", human="14.6", Drama="15", DreamerV3="-4.2", STORM="11.3")
+    assert all(re.search(rf"\b{name} {x}(?![\d.])", told) for name, x in published.items())
+
+
+def test_commands_of_the_readme_are_understood():
+    text = (Path(drama.__file__).parent / "README.md").read_text()
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text.replace("\\\n", " "), re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    argvs = [shlex.split(x, comments=True)[2:] for x in lines if x.startswith("python drama.py")]
+    assert argvs, "no command in README.md"
+    for argv in argvs:
+        if argv == ["--help"]:
+            with pytest.raises(SystemExit, match="0"):
+                drama.parse(argv)
+        else:
+            drama.validate(drama.parse(argv)[0])
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--game Pnog", "Pnog.*Pong"), ("--game gridworld", "GridWorld"), ("Pong", "Pong"),
+    ("--device quantum", "quantum"), ("--preset huge", "huge.*paper, laptop, tiny"),
+    ("--gmae Pong", "--gmae"), ("--steps many", "--steps.*many"), ("--steps 0", "--steps 0"),
+    ("--gamma nan", "--gamma nan"), ("--stored_latents maybe", "--stored_latents.*maybe"),
+    ("--sampler best", "dfs, uniform"), ("--image_size 60", "--image_size 60"),
+    ("--headdim 7", "--headdim 7"), ("--warmup 5", "--warmup 5"), ("--out file", "file"),
+    ("--out file --eval 2", "file"), ("--out nothing --eval 2", "nothing"),
+    ("--out empty --eval 2", "no checkpoint in .*empty")])
+def test_bad_input_is_answered_with_one_line(line, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("empty").mkdir()
+    started = drama.parse([*RUN, "--out", "empty"])[0]
+    Path("empty/config.json").write_text(json.dumps(dataclasses.asdict(started)))
+    assert drama.main([*RUN, *shlex.split(line)]) == 2
+    told = capsys.readouterr().err
+    assert re.search(words, told) and re.fullmatch(r"drama\.py: [^\n]+\n", told), told
+    assert Path("file").read_text() == "mine"
