@@ -1,9 +1,9 @@
 """Drama in one file: a Mamba-2 world model learns a game, an actor-critic learns inside its dreams.
 
-    python drama.py --game GridWorld --steps 10000    a result in minutes on a laptop
-    python drama.py --game Pong                       train on Atari; run it again to continue
-    python drama.py --game Pong --eval 20             play 20 episodes from the checkpoint
-    python drama.py --help                            every setting, one line each
+    python drama.py --game GridWorld         a result in minutes on a laptop
+    python drama.py --game Pong              train on Atari; run it again to continue
+    python drama.py --game Pong --eval 20    play 20 episodes from the checkpoint
+    python drama.py --help                   every setting, one line each
 
 A discrete VAE turns frames into latents; Mamba-2, as the chunked scan of [2], predicts the next
 latent, the reward and the end; actor and critic learn on predicted futures alone; dynamic
@@ -177,13 +177,14 @@ PRESETS = {
     "laptop": dict(
         cnn_width=16, first_stride=4, categoricals=16, classes=16, d_model=256, head_units=128,
         batch_length=32, train_every=4, dreams=96, horizon=15, stored_latents=True,
-        critic_units=256, hidden_layers=2, model_lr=4e-4, actor_lr=1e-4, entropy=1e-3,
+        critic_units=256, hidden_layers=2, model_lr=1e-3, actor_lr=2e-4, entropy=1e-3,
         lr_warmup=100),
     "gridworld": dict(
-        steps=3600, cnn_width=8, first_stride=4, categoricals=16, classes=16, d_model=128,
-        head_units=128, batch_size=8, batch_length=32, train_every=2, dreams=192, context=3,
-        horizon=4, act_context=4, stored_latents=True, actor_units=128, critic_units=128,
-        hidden_layers=2, model_lr=2e-3, actor_lr=5e-4, entropy=3e-3, lr_warmup=50),
+        steps=9600, cnn_width=8, first_stride=4, categoricals=16, classes=16, d_model=128,
+        head_units=128, batch_size=8, batch_length=32, train_every=8, free_bits=0.1, dreams=320,
+        context=3, horizon=2, act_context=4, stored_latents=True, actor_units=128,
+        critic_units=128, hidden_layers=2, model_lr=2e-3, actor_lr=5e-4, entropy=3e-3,
+        lr_warmup=50),
     "tiny": dict(
         image_size=16, cnn_width=4, first_stride=2, categoricals=4, classes=6, d_model=16,
         headdim=8, d_state=4, chunk_size=4, head_units=16, bins=41, batch_size=3, batch_length=10,
