@@ -9,10 +9,21 @@ so that no axis passes for another. Left out: whether it learns a game in hours;
 
 import csv
 import dataclasses
+import errno
 import json
 import math
+import os
+import pickle
+import random
 import re
 import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from gymnasium.spaces import Discrete
 from PIL import Image
+from tqdm import tqdm
 
 import drama
 import mamba2_ref as ref
@@ -927,3 +939,457 @@ def test_bad_input_is_answered_with_one_line(line, words, tmp_path, monkeypatch,
     told = capsys.readouterr().err
     assert re.search(words, told) and re.fullmatch(r"drama\.py: [^\n]+\n", told), told
     assert Path("file").read_text() == "mine"
+
+
+# ---- keeping a run: stop, go on, kill, break, refuse ---------------------------------------------
+# The oracle: the same run, never disturbed.
+
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # no thread of its own, so that the tests may fork
+TINY = "--game GridWorld --preset tiny --device cpu --precision float32 --compile off".split()
+STEPS, STOPS, SIZE = 88, (61, 77), 16 * 16 * 3  # STOPS fit neither log_every nor train_every
+OUT, WHOLE = Path("run"), Path("whole")
+NEWEST, OLDER, CONFIG, FRAMES = (OUT / name for name in (
+    "checkpoint.pt", "checkpoint.prev.pt", "config.json", "frames.bin"))
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+def go(flags="", out=OUT, steps=STEPS, at=None, act=interrupt, stub="draw_curves draw_dreams"):
+    """main() on a tiny GridWorld, a checkpoint at its end; act() is called once row `at` is in."""
+    def add(self, *row):
+        original(self, *row)
+        if self.size == at:
+            act()
+
+    flags = f"--out {out} --steps {steps} --save_every 1e6 {flags}"
+    with pytest.MonkeyPatch.context() as patch:
+        original = drama.Replay.add
+        patch.setattr(drama.Replay, "add", add)
+        for name in stub.split():
+            patch.setattr(drama, name, lambda *_: None)
+        return drama.main([*TINY, *flags.split()])
+
+
+def fork(*args, **options) -> int:
+    """`go` in a child that need not import torch again -> its pid; what it says goes to ./log."""
+    pid = os.fork()
+    if not pid:
+        code = 99
+        try:
+            sys.stdout = sys.stderr = open("log", "a", buffering=1)
+            code = go(*args, **options)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def exit_code(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@contextmanager
+def disk(act):
+    """act() is called before whatever is made durable or renamed."""
+    def call(original, *args):
+        act()
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for original in (os.fsync, os.replace):
+            patch.setattr(os, original.__name__, partial(call, original))
+        yield
+
+
+def snapshot() -> dict:
+    return {p.name: p.read_bytes() for p in OUT.iterdir() if p.name != "lock"}
+
+
+def load(path=NEWEST) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def finite() -> bool:
+    return all(x.isfinite().all() for part in ("model", "agent") for x in load()[part].values())
+
+
+def rows(name, out=OUT) -> list[dict]:
+    """A table, which must be whole, less its seconds, which must not fall."""
+    text = (out / f"{name}.csv").read_bytes().decode()
+    table = list(csv.DictReader(text.splitlines()))
+    assert text.endswith("\n") and not any(None in (*row, *row.values()) for row in table)
+    seconds = [float(row.pop("seconds")) for row in table]
+    assert seconds == sorted(seconds)
+    return table
+
+
+def assert_same(a, b, where="checkpoint"):
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {"seconds", "tables", "out", "steps", "save_every"}:
+            assert_same(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        tensors = isinstance(a, torch.Tensor)
+        assert torch.equal(a, b) and a.dtype == b.dtype if tensors else a == b, where
+
+
+def assert_same_as_whole():
+    """Weights, moments, generators, replay, frames and tables, bit for bit."""
+    assert_same(load(), load(WHOLE / "checkpoint.pt"))
+    assert all(rows(name) == rows(name, WHOLE) for name in ("metrics", "episodes"))
+    assert FRAMES.read_bytes() == (WHOLE / "frames.bin").read_bytes()
+
+
+def assert_grid_world():
+    """Every stored row obeys the rules of the grid world, played here anew from the pixels."""
+    saved, n = load(), load()["at"]["step"]
+    frames = np.fromfile(FRAMES, np.uint8).reshape(-1, 16, 16, 3)[:n]
+    frames = np.concatenate([frames, saved["frame"][0].numpy()])
+    centres, index = ((np.arange(5) + 0.5) * 16 / 5).astype(int), np.arange(n + 1)
+    cells, replay = frames[:, centres][:, :, centres], saved["replay"]  # (n+1, 5, 5, 3)
+    agent, goal = (np.argwhere((cells == rgb).all(-1)) for rgb in ((255, 0, 0), (255, 255, 0)))
+    assert (agent[:, 0] == index).all() and (goal[:, 0] == index).all()  # one of each in each frame
+    agent, goal, move = agent[:, 1:], goal[:, 1:], np.array([(-1, 0), (1, 0), (0, -1), (0, 1)])
+    after = (agent[:-1] + move[replay["action"]]).clip(1, 3)
+    reached = (after == goal[:-1]).all(-1)
+    first = np.append(replay["first"].numpy(), saved["at"]["first"])
+    assert (replay["reward"].numpy() == reached).all() and not replay["terminated"].any()
+    assert (first == (index % 64 == 0)).all()
+    stays = ~reached & ~first[1:]
+    assert (agent[1:] == after)[stays].all() and (goal[1:] == goal[:-1])[stays].all()
+
+
+def refused(capsys, *words, code=2, changed=(), **options):
+    """The run ends in one line that has these words, and no file but `changed` is touched."""
+    before = snapshot()
+    capsys.readouterr()
+    assert go(**options) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("drama.py: ") and "drama.py:" not in str(lines[:-1]), lines
+    assert all(word in lines[-1] for word in words), (words, lines)
+    now = snapshot()
+    assert {k for k in {*before, *now} if before.get(k) != now.get(k)} <= {*changed}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Two runs: WHOLE in one go; OUT stopped at both STOPS, so that it has two checkpoints."""
+    path = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        assert go(out=WHOLE) == 0
+        assert [go(at=step) for step in STOPS] == [130, 130]
+    return path
+
+
+@pytest.fixture
+def run(base, here):
+    shutil.copytree(base, ".", dirs_exist_ok=True)
+
+
+# ---- go on, extend, refuse other settings -------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [
+    "--picture_steps 1", "--act_context 0 --stored_latents false --sampler uniform --context 40"])
+def test_three_pieces_equal_one(flags, capsys):
+    assert go(flags, out=WHOLE) == 0
+    assert go(flags, at=45) == 130
+    assert go(flags, steps=77) == 0
+    stored = {**snapshot(), "config.json": b""}
+    for steps in (77, 50):
+        capsys.readouterr()
+        assert go(flags, steps=steps) == 0
+        said = capsys.readouterr().out
+        assert "finished at step 77" in said and "larger --steps" in said
+        assert {**snapshot(), "config.json": b""} == stored
+    assert go(flags + " --draw_every 0", stub="draw_curves") == 0  # pictures must not disturb it
+    assert_same_as_whole()
+    assert_grid_world()
+    assert [row["step"] for row in rows("metrics")] == ["40", "60", "80"]
+    assert [row["step"] for row in rows("episodes")] == ["64"]
+
+
+def test_other_settings_are_refused(run, capsys):
+    for flags, *words in (("--gamma 0.5 --seed 3", "gamma (was 0.985, now 0.5)", "seed (was 0"),
+                          ("--act_context 0", "act_context (was 16"), ("--game Pong", "game")):
+        refused(capsys, *words, flags=flags)
+    assert go("--draw_every 7 --eval_envs 2") == 0  # these may change
+
+
+def test_atari_goes_on_with_a_new_episode():
+    assert go("--game Pong", steps=60, at=47) == 130
+    before, frames = load(), FRAMES.read_bytes()[:47 * SIZE]
+    assert go("--game Pong", steps=60) == 0
+    after = load()
+    assert after["replay"]["first"].nonzero().flatten().tolist() == [0, 47]
+    assert FRAMES.read_bytes()[:47 * SIZE] == frames
+    for name in ("action", "reward", "terminated", "first"):
+        assert torch.equal(after["replay"][name][:47], before["replay"][name])
+    assert (before["at"]["length"], after["at"]["length"]) == (47, 13)
+
+
+# ---- signals, kills, locks ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 33, 85])
+def test_sigterm(at, run, capsys):
+    if at < STOPS[1]:
+        shutil.rmtree(OUT)
+    assert go(at=at, act=lambda: signal.raise_signal(signal.SIGTERM)) == 143
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"stopped at step {at}; the same command goes on")
+    assert load()["at"]["step"] == at
+    assert go() == 0
+    assert_same_as_whole()
+
+
+@needs_fork
+def test_second_signal_leaves_at_once(run):
+    before, sent = snapshot(), []
+    with disk(lambda: sent and (interrupt(), os._exit(98))):
+        assert exit_code(fork(at=85, act=lambda: (sent.append(1), interrupt()))) == 130
+    assert all(snapshot()[path.name] == before[path.name] for path in (NEWEST, OLDER))
+    assert go() == 0
+    assert_same_as_whole()
+
+
+@needs_fork
+def test_a_killed_run_lets_go_of_its_lock(run):
+    pid = fork(at=85, act=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert exit_code(pid) == -signal.SIGKILL and rows("metrics")[-1]["step"] == "80"
+    assert go(steps=79) == 0 and rows("metrics")[-1]["step"] == "60"  # as the checkpoint has it
+    assert go() == 0
+    assert_same_as_whole()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to another process")
+def test_second_process_and_ctrl_c(capsys):
+    flags = "--out run --steps 9999 --save_every 0.1 --picture_steps 2".split()
+    table = OUT / "metrics.csv"
+    with subprocess.Popen([sys.executable, drama.__file__, *TINY, *flags], text=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not (table.exists() and table.stat().st_size):
+            time.sleep(0.1)
+        assert go() == 2 and "run is in use by another process" in capsys.readouterr().err
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=100)[1]
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith(f"stopped at step {load()['at']['step']}; the same")
+    for name in ("curves.png", "dream.png", "dream.gif"):
+        assert (OUT / name).stat().st_size > 1000
+
+
+class Killed(BaseException):
+    """Ends main as a kill would: nothing handles it."""
+
+
+@pytest.mark.parametrize("error, broken", [
+    (Killed(), False), (Killed(), True), (OSError(errno.ENOSPC, "No space left"), False)])
+def test_every_point_of_a_save(error, broken, base, capsys):
+    """Killed or out of disk at the k-th fsync or rename, or killed with a broken checkpoint."""
+    def fail(calls):
+        if next(calls, None) is None:
+            raise error
+
+    for k in range(99):
+        shutil.rmtree(OUT, ignore_errors=True)
+        shutil.copytree(base, ".", dirs_exist_ok=True)
+        os.truncate(NEWEST, 1000 if broken else NEWEST.stat().st_size)
+        capsys.readouterr()
+        try:
+            with disk(partial(fail, iter(range(k)))):
+                code = go("--save_every 0", steps=STOPS[not broken] + 1)
+        except Killed:
+            code = 2
+        said = capsys.readouterr().err
+        if code and not isinstance(error, Killed):
+            assert ": No space left; the checkpoints are as " in said.splitlines()[-1]
+        assert go() == 0, (k, said)
+        assert f"going on from step {'6' if broken else '7'}" in capsys.readouterr().out, k
+        assert ("checkpoint.pt is broken" in said) == (broken and k > 1)  # 0 and 1: config.json
+        assert_same_as_whole()
+        if not code:
+            break
+    assert code == 0 and k > 7
+
+
+@pytest.mark.slow
+@needs_fork
+def test_torture(base, capsys):
+    """SIGKILL at random moments, a slow disk, checkpoints all the time: no trace in the end."""
+    rng, kills, steps, left, torn, seen = random.Random(1), 0, 400, {}, 0, [0]
+    with disk(lambda: time.sleep(0.01)):
+        while kills < 50:
+            pid = fork(f"--save_every {rng.choice((0, 0.05))}", steps=steps)
+            time.sleep(rng.uniform(*rng.choice(((0.05, 0.5), (0.5, 2)))))
+            os.kill(pid, signal.SIGKILL)
+            code = exit_code(pid)
+            assert code in (0, -signal.SIGKILL), Path("log").read_text()[-3000:]
+            kills, steps = kills + (code != 0), steps + 200 * (code == 0)
+            before, left = left, {p: p.stat().st_mtime_ns for p in OUT.glob("checkpoint.[tn]*")}
+            torn += bool(left.items() - before.items())
+            found = [path for path in (NEWEST, OLDER) if path.exists()]
+            seen += [load(path)["at"]["step"] for path in found[:1]]
+    assert exit_code(fork(steps=steps)) == 0, Path("log").read_text()[-3000:]
+    assert go(out=WHOLE, steps=steps) == 0
+    assert_same_as_whole()
+    assert_grid_world()
+    assert [int(row["step"]) for row in rows("metrics")] == [*range(40, steps + 1, 20)]
+    assert [int(row["step"]) for row in rows("episodes")] == [*range(64, steps + 1, 64)]
+    with capsys.disabled():
+        print(f" {kills} kills, {torn} in a write, at {len({*seen})} of {steps} steps", end=" ")
+    assert seen == sorted(seen) and torn > 2 and len({*seen}) > 10
+
+
+# ---- a disk too small, broken files, numbers that are not ---------------------------------------
+
+
+def test_disk_too_small(run, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    refused(capsys, "5,000 steps need", "--steps", steps=5000, changed=("config.json",))
+    assert go(out=Path("new"), steps=5000) == 2 and not Path("new/frames.bin").exists()
+    assert go() == 0
+    assert_same_as_whole()
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("boom",)
+
+
+def put(*checkpoints):
+    for path, content in zip((NEWEST, OLDER), checkpoints, strict=False):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+
+
+def put_foreign(flags):
+    assert go(flags, out=Path("other"), steps=9) == 0
+    shutil.copy("other/checkpoint.pt", NEWEST)
+
+
+def edit(change):
+    config = json.loads(CONFIG.read_text())
+    change(config)
+    CONFIG.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda: put(b"", b"PK" + bytes(99)), "no checkpoint in run can be read"),
+    (lambda: put(dict(config=Bomb()), pickle.dumps(Bomb())), "no checkpoint in run can be read"),
+    (lambda: put([1], dict(config={})), "checkpoint.prev.pt is of another run"),
+    (lambda: put_foreign("--game Pong"), "checkpoint.pt is of another run: game"),
+    (lambda: put_foreign("--d_model 24"), "checkpoint.pt is of another run: d_model"),
+    (CONFIG.unlink, "config.json is missing beside a checkpoint"),
+    (lambda: edit(lambda c: c.update(gamma="1")), "config.json: wrong gamma"),
+    (lambda: edit(lambda c: c.update(colour=1)), "config.json: unknown colour"),
+    (lambda: edit(lambda c: c.pop("lam")), "config.json: missing lam;"),
+    (lambda: CONFIG.write_text('{"game": '), "config.json: mend"),
+    (lambda: CONFIG.write_bytes(b"\xff\x00"), "config.json: mend"),
+    (lambda: CONFIG.write_text("[]"), "config.json: mend"),
+    (lambda: CONFIG.write_text("null"), "config.json: mend"),
+    (lambda: os.truncate(FRAMES, STOPS[1] * SIZE - 1), "frames.bin is too short"),
+    (FRAMES.unlink, "frames.bin is too short"),
+    (lambda: os.truncate(OUT / "metrics.csv", 50), "metrics.csv is shorter"),
+    (lambda: os.truncate(OUT / "episodes.csv", 9), "episodes.csv is shorter"),
+    (lambda: os.unlink(OUT / "metrics.csv"), "metrics.csv: No such file")], ids=range(18))
+def test_damage_is_refused(damage, words, run, capsys):
+    damage()
+    refused(capsys, *words.split())
+    assert not Path("boom").exists()
+
+
+@pytest.mark.parametrize("owner, name", [("WorldModel", "dynamics"), ("ActorCritic", "value")])
+def test_not_a_number_stops_the_run(owner, name, run, capsys, monkeypatch):
+    def loss(self, *args):
+        losses, *rest = original(self, *args)
+        return {**losses, name: losses[name] * (torch.nan if before else 1)}, *rest
+
+    before, original = {}, getattr(drama, owner).loss
+    monkeypatch.setattr(getattr(drama, owner), "loss", loss)
+    refused(capsys, f": {name} is not finite at step 80", str(NEWEST), code=1, changed=snapshot(),
+            flags="--save_every 0", at=80, act=lambda: before.update(snapshot()))
+    assert snapshot() == before and load()["at"]["step"] == 79 and finite()
+    assert go(out=Path("new")) == 1  # at its first update, when there is no checkpoint to name
+    assert "is not finite at step 40" in (said := capsys.readouterr().err.splitlines()[-1])
+    assert "checkpoint.pt" not in said
+    before.clear()
+    assert go() == 0
+    assert_same_as_whole()
+
+
+# ---- settings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("f", dataclasses.fields(drama.Config), ids=lambda f: f.name)
+def test_every_flag_works_or_is_refused(f, capsys):
+    wrong, accepted = {"word", "", "-1", "1e400", "nan", "9" * 30}, 0
+    wrong = {str: set(), bool: wrong | {"0"}, float: wrong, int: wrong | {"1.5", "1e3"}}[f.type]
+    for value in {*wrong, "0", "-0.5", "1", "2", "true", *map(str, f.metadata.values())}:
+        try:
+            cfg, _ = drama.parse([*TINY, f"--{f.name}={value}"])
+            drama.validate(cfg)
+        except drama.Refusal as refusal:
+            assert refusal.code == 2 and f.name in str(refusal) and "\n" not in str(refusal)
+            continue
+        assert value not in wrong
+        accepted += 1
+        if f.type is not int or int(value) <= 64:
+            model, agent = drama.WorldModel(cfg, 4), drama.ActorCritic(cfg, 4)
+            drama.make_learners(cfg, model, agent)
+            z = model.encode(torch.zeros(2, 3, *(cfg.image_size,) * 2, 3, dtype=torch.uint8))
+            assert z.shape == (2, 3, cfg.categoricals, cfg.classes)
+    assert accepted or f.type is str
+    assert drama.main([*TINY, f"--{f.name}"]) == 2  # no value
+    assert f"--{f.name}: expected one argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [
+    "--act_context 0 --log_every 1 --layers 1 --d_conv 1 --context 2 --horizon 1 --save_every 0",
+    "--unimix 0 --gamma 0 --lam 0 --batch_size 1 --dreams 1 --free_bits 0 --temperature 0.001",
+    "--gamma 1 --lam 1 --sampler uniform --stored_latents false --precision bfloat16 --dropout 0",
+    "--act_context 1 --chunk_size 1 --bins 3 --slow_decay 0 --return_decay 1 --batch_length 2",
+    "--image_size 12 --first_stride 3 --categoricals 1 --classes 2 --temperature 1e9 --d_state 1",
+    "--dreams 500 --batch_size 30 --horizon 17 --chunk_size 99 --expand 1 --headdim 1"])
+def test_edge_values_run(flags):
+    assert go(flags, steps=56) == 0
+    assert load()["at"]["updates"] == 3 and finite()
+
+
+def test_impossible_places(capsys):
+    Path("file").write_text("")
+    for flags in ("--out file", "--out file/run", f"--out {'x' * 3000}", "--device word",
+                  "--device cuda:99", "--device meta", "--game Pnog", "--nonsense 3",
+                  "--out nowhere --eval 1"):
+        assert go(flags) == 2, flags
+        assert len(capsys.readouterr().err.splitlines()) == 1, flags
+    assert not Path("nowhere").exists() and Path("file").read_text() == ""
+
+
+@pytest.mark.slow
+def test_gridworld_is_learnt(tmp_path):
+    """Three quarters of the README's run: its last ten episodes beat every random one."""
+    flags = f"--game GridWorld --device cpu --compile off --steps 6000 --out {tmp_path}"
+    assert drama.main(flags.split()) == 0
+    with open(tmp_path / "episodes.csv") as file:
+        episodes = [(int(row["step"]), float(row["return"])) for row in csv.DictReader(file)]
+    at_random = [score for step, score in episodes if step < 3000]
+    learnt = [score for _, score in episodes[-10:]]
+    assert len(at_random) > 40
+    assert np.mean(learnt) > max(15, max(at_random)) > np.mean(at_random) + 3
