@@ -1,0 +1,99 @@
+"""Time the stages of one environment step of a preset, on random frames, and the peak memory.
+
+    python experiments/speed.py --preset paper [--compile on] [any flag of drama.py]
+
+Prints the median of five of: acting, drawing a batch, a world model update, dreams with an
+actor-critic update; GFLOP of each as torch counts them, and the share of this machine's own
+float32 matmul rate that the stage reaches. Run it on a quiet machine.
+"""
+
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import drama  # noqa: E402
+
+ROWS, ACTIONS, REPEATS = 3000, 6, 5
+
+
+def median_seconds(call, device) -> float:
+    """Median of REPEATS calls, after one that is not counted."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def main() -> None:
+    """Build the parts as `train` does and time them."""
+    drama.keep_freed_pages()
+    cfg, _ = drama.parse(sys.argv[1:])
+    cfg = dataclasses.replace(cfg, steps=ROWS + 1, out=tempfile.mkdtemp())
+    device = drama.choose_device(cfg)
+    model = drama.WorldModel(cfg, ACTIONS).to(device, memory_format=torch.channels_last)
+    agent = drama.ActorCritic(cfg, ACTIONS).to(device)
+    learners = drama.make_learners(cfg, model, agent)
+    run = drama.Run(cfg)
+    run.allocate(cfg, 0, 0)
+    replay = drama.Replay(run.frames, cfg, device)
+    rng = np.random.default_rng(0)
+    for i in range(ROWS):
+        frame = rng.integers(0, 255, replay.frame.shape[1:], dtype=np.uint8)
+        replay.add(frame, i % ACTIONS, 0, 0, i % 500 == 0, torch.zeros(cfg.categoricals))
+    player = drama.Player(cfg, model, agent, 1, device)
+    seen = torch.from_numpy(frame)[None].to(device)
+    first = torch.zeros(1, dtype=torch.bool, device=device)
+    precision = drama.choose_precision(cfg, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+    def act():
+        model.eval()
+        player.act(seen, first)
+
+    stages = {
+        "act": act,
+        "draw a batch": lambda: replay.batch(replay.draw_sequences()),
+        "world model": lambda: drama.update_world_model(model, learners[0], replay),
+        "dreams, actor-critic": lambda: drama.update_actor_critic(cfg, model, agent, learners[1],
+                                                                  replay)}
+    with autocast:
+        work = {}
+        for name, call in stages.items():
+            with FlopCounterMode(display=False) as counter:
+                call()
+            work[name] = counter.get_total_flops() / 1e9
+        scan = drama.compile_parts(cfg, model, agent, device)
+        seconds = {name: median_seconds(call, device) for name, call in stages.items()}
+    x = torch.randn(2048, 2048, device=device)
+    rate = 2 * 2048**3 / 1e9 / median_seconds(lambda: x @ x, device)
+    print(f"preset {cfg.preset}, {device}, {torch.get_num_threads()} threads, {precision}, scan "
+          f"{scan}; float32 matmul {rate:.0f} GFLOP/s")
+    print(f"{'stage':<22}{'seconds':>9}{'GFLOP':>9}{'of matmul rate':>16}")
+    for name in stages:
+        share = work[name] / seconds[name] / rate
+        print(f"{name:<22}{seconds[name]:>9.4f}{work[name]:>9.1f}{share:>15.0%}")
+    update = seconds["world model"] + seconds["dreams, actor-critic"]
+    step = seconds["act"] + update / cfg.train_every
+    print(f"an environment step with its share of an update: {step:.3f} s")
+    try:
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"peak memory {peak:.1f} GiB (as Linux counts it)")
+    except ImportError:
+        print("peak memory: not measured on Windows")
+
+
+if __name__ == "__main__":
+    main()
