@@ -1199,7 +1199,7 @@ def draw_curves(run: Run, game: str) -> None:
             levels = SCORES.get(game) or {"best possible": GridWorld.best_return()}
             for i, (name, level) in enumerate(levels.items()):
                 axis.axhline(level, ls="--", lw=1, color=f"C{i + 1}", label=name)
-        axis.set(title=f"{game}, {names}", xlabel="environment steps")
+        axis.set(title=f"{game}: {names.replace(' ', ', ')}", xlabel="environment steps")
         axis.legend(fontsize="small")
     figure.savefig(run.dir / "curves.tmp.png", dpi=80)
     pyplot.close(figure)
@@ -1459,8 +1459,9 @@ def train(cfg: Config, run: Run) -> int:
         draw_curves(run, cfg.game)
         draw_dreams(run, cfg, model, replay)
     except FloatingPointError as error:
+        back = f"go back to {run.newest}" if run.newest.exists() else "start again"
         raise Refusal(f"{error} is not finite at step {at['step']:,}; that update was not applied; "
-                      f"the last checkpoint, if any, is {run.newest}; try lower rates", 1) from None
+                      f"{back}, perhaps with lower learning rates", code=1) from None
     finally:
         bar.close()
         interrupt.restore()
