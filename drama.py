@@ -42,6 +42,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,8 +138,7 @@ class Config:
     # machine, keeping, showing
     precision: str = opt("auto", "auto: bfloat16 on CUDA, on a CPU only where it measures faster",
                          choices=("auto", "float32", "bfloat16"))
-    compile: str = opt("auto", "torch.compile for the scan; auto: on CUDA",
-                       choices=("auto", "on", "off"))
+    compile: str = opt("auto", "torch.compile, on CUDA only; auto or off", choices=("auto", "off"))
     log_every: int = opt(100, "environment steps between rows of metrics.csv", 1, 1_000_000)
     save_every: float = opt(120.0, "seconds between checkpoints", 0.0, 1e6)
     draw_every: float = opt(300.0, "seconds between pictures", 0.0, 1e9)
@@ -503,7 +503,8 @@ class TwoHot(nn.Module):
 def unimix(logits: Tensor, share: float) -> Tensor:
     """log((1 - share) softmax(logits) + share / C) over the last axis, the CLASSES."""
     probs = logits.float().softmax(-1)
-    return ((1 - share) * probs + share / logits.shape[-1]).log()
+    mixed = (1 - share) * probs + share / logits.shape[-1]
+    return mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log()
 
 
 def draw_one_hot(logp: Tensor) -> Tensor:
@@ -1138,8 +1139,10 @@ class Run:
         found = [path for path in (self.newest, self.older) if path.exists()]
         for path in found:
             try:  # weights_only: a file from a stranger must not run code
+                if zipfile.ZipFile(path).testzip():
+                    raise ValueError("a checksum is wrong")
                 saved = torch.load(path, map_location=device, weights_only=True)
-                theirs = saved["config"]
+                theirs, _ = dict(saved["config"]), saved["at"]["step"]
             except Exception as error:  # a broken file can raise nearly anything
                 print(f"{path} is broken ({type(error).__name__})", file=sys.stderr)
                 continue
@@ -1251,6 +1254,8 @@ def choose_device(cfg: Config) -> torch.device:
     if cfg.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else
                             "mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", cfg.device):
+        raise Refusal(f"--device {cfg.device}: choose auto, cpu, cuda, cuda:1 or mps")
     try:
         probe = torch.zeros(1, device=cfg.device)
         probe.item()
@@ -1278,8 +1283,8 @@ def choose_precision(cfg: Config, device: torch.device) -> str:
 
 
 def compile_parts(cfg: Config, model: WorldModel, agent: ActorCritic, device: torch.device) -> str:
-    """Compile scan, dream step and losses where asked for; say which path the scan takes."""
-    if cfg.compile == "off" or (cfg.compile == "auto" and device.type != "cuda"):
+    """On CUDA compile the losses and the dream's step, the scan within; say which path runs."""
+    if cfg.compile == "off" or device.type != "cuda":  # on CPUs torch 2.13's code was seen to crash
         return "eager"
     try:  # a small scan forward and backward tells whether there is a compiler that works
         x = torch.ones(2, 8, 1, 4, device=device, requires_grad=True)
@@ -1375,9 +1380,13 @@ def train(cfg: Config, run: Run) -> int:
     if hasattr(env, "state_dict"):
         parts["env"] = env
     if saved:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        set_generators(saved["generators"], device)
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            set_generators(saved["generators"], device)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise Refusal(f"{run.whole} does not fit ({str(error).splitlines()[0][:80]}); put the "
+                          "right one back or use another --out") from None
         if "env" in parts:
             frame = saved["frame"].cpu().numpy()
         else:  # Atari cannot be put back into the middle of an episode: a new one opens
@@ -1461,11 +1470,11 @@ def train(cfg: Config, run: Run) -> int:
     except FloatingPointError as error:
         back = f"go back to {run.newest}" if run.newest.exists() else "start again"
         raise Refusal(f"{error} is not finite at step {at['step']:,}; that update was not applied; "
-                      f"{back}, perhaps with lower learning rates", code=1) from None
+                      f"{back}, or use another --out and lower learning rates", code=1) from None
     finally:
         bar.close()
         interrupt.restore()
-    if interrupt.number:
+    if interrupt.number and at["step"] < cfg.steps:
         print(f"stopped at step {at['step']:,}; the same command goes on", file=sys.stderr)
         return 128 + interrupt.number
     print(f"finished {cfg.steps:,} steps in {at['seconds'] / 60:.1f} minutes: {run.dir}")

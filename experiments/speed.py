@@ -1,6 +1,6 @@
 """Time the stages of one environment step of a preset, on random frames, and the peak memory.
 
-    python experiments/speed.py --preset paper [--compile on] [any flag of drama.py]
+    python experiments/speed.py --preset paper [any flag of drama.py]
 
 Prints the median of five of: acting, drawing a batch, a world model update, dreams with an
 actor-critic update; GFLOP of each as torch counts them, and the share of this machine's own
