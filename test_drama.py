@@ -1297,7 +1297,7 @@ def edit(change):
 @pytest.mark.parametrize("damage, words", [
     (lambda: put(b"", b"PK" + bytes(99)), "no checkpoint in run can be read"),
     (lambda: put(dict(config=Bomb()), pickle.dumps(Bomb())), "no checkpoint in run can be read"),
-    (lambda: put([1], dict(config={})), "checkpoint.prev.pt is of another run"),
+    (lambda: put([1], dict(config={}, at=dict(step=0))), "checkpoint.prev.pt is of another run"),
     (lambda: put_foreign("--game Pong"), "checkpoint.pt is of another run: game"),
     (lambda: put_foreign("--d_model 24"), "checkpoint.pt is of another run: d_model"),
     (CONFIG.unlink, "config.json is missing beside a checkpoint"),
