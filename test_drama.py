@@ -924,7 +924,7 @@ def test_commands_of_the_readme_are_understood():
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--game Pnog", "Pnog.*Pong"), ("--game gridworld", "GridWorld"), ("Pong", "Pong"),
+    ("--game Pnog", "Pnog.*mean.*Pong"), ("--game gridworld", "GridWorld"), ("Pong", "Pong"),
     ("--device quantum", "quantum"), ("--preset huge", "huge.*paper, laptop"),
     ("--gmae Pong", "--gmae"), ("--steps many", "--steps.*many"), ("--steps 0", "--steps 0"),
     ("--gamma nan", "--gamma nan"), ("--stored_latents maybe", "--stored_latents.*maybe"),
@@ -1128,6 +1128,12 @@ def test_three_pieces_equal_one(flags, capsys):
     assert_grid_world()
     assert [row["step"] for row in rows("metrics")] == ["40", "60", "80"]
     assert [row["step"] for row in rows("episodes")] == ["64"]
+
+
+def test_the_slow_critic_follows_the_critic(run):
+    agent = load()["agent"]
+    fast, slow = (agent[f"{k}.3.weight"].abs().max() for k in ("critic", "slow_critic"))
+    assert fast > slow > 0  # both started at zero
 
 
 def test_other_settings_are_refused(run, capsys):
