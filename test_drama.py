@@ -534,6 +534,11 @@ def test_a_lost_life_of_breakout_is_no_end_of_the_episode():
     assert not (reward or terminated or truncated) and info["lives"] == 5
     ends = np.array([[False, True], [True, True]])  # terminated, truncated
     assert over(*ends, {"lives": np.array([2, 1])}).all()  # out of time, with lives left
+    env = drama.make_env("Breakout", 8, 64)
+    env.reset(seed=3)
+    frame, *_ = env.step(np.full(8, 2))
+    assert (frame == frame[:1]).all()  # no action sticks: eight paddles move alike
+    assert env.single_action_space.n == 4  # the minimal set
 
 
 def test_updates_keep_and_use_latents(tmp_path, model, agent):
@@ -929,7 +934,8 @@ def test_commands_of_the_readme_are_understood():
     ("--gmae Pong", "--gmae"), ("--steps many", "--steps.*many"), ("--steps 0", "--steps 0"),
     ("--gamma nan", "--gamma nan"), ("--stored_latents maybe", "--stored_latents.*maybe"),
     ("--sampler best", "dfs, uniform"), ("--image_size 60", "--image_size 60"),
-    ("--headdim 7", "--headdim 7"), ("--warmup 5", "--warmup 5"), ("--out file", "file"),
+    ("--image_size 48", "--image_size 48"), ("--headdim 7", "--headdim 7"),
+    ("--warmup 5", "--warmup 5"), ("--out file", "file"),
     ("--out file --eval 2", "file"), ("--out nothing --eval 2", "nothing"),
     ("--out empty --eval 2", "no checkpoint in .*empty")])
 def test_bad_input_is_answered_with_one_line(line, words, tmp_path, monkeypatch, capsys):
