@@ -629,8 +629,6 @@ class Mamba2(nn.Module):
     in_proj's rows are z, x, B, C, dt; z gates before the norm: RMSNorm(y * silu(z)).
     """
 
-    scan = staticmethod(ssd_scan)  # choose_scan may put the compiled one here
-
     def __init__(self, d_model, d_state, d_conv, expand, headdim, chunk_size):
         super().__init__()
         self.d_inner, self.headdim, self.chunk_size = expand * d_model, headdim, chunk_size
@@ -680,7 +678,7 @@ class Mamba2(nn.Module):
             own = (segment[:, k:k + l] == segment[:, self.d_conv - 1:])[..., None]
             conv = conv + taps[:, k:k + l] * own * self.conv1d.weight[:, 0, k]
         x, dt, A, B, C = self._inputs(conv, dt)
-        y, memory = self.scan(x, dt, A, B, C, self.chunk_size, memory, first)
+        y, memory = ssd_scan(x, dt, A, B, C, self.chunk_size, memory, first)
         window = taps[:, l:] * (segment[:, l:] == segment[:, -1:])[..., None]
         return self._output(y, x, z), (window, memory)
 
