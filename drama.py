@@ -42,6 +42,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from collections import deque
 from dataclasses import dataclass, field
@@ -122,6 +123,7 @@ class Config:
     dreams: int = opt(1024, "dreams in an update", 1, 65536)
     context: int = opt(8, "real frames that a dream starts from", 2, 1024)
     horizon: int = opt(16, "steps of a dream", 1, 1024)
+    mean_frame: bool = opt(False, "the decoder starts at the mean of the random steps' frames")
     stored_latents: bool = opt(False, "contexts from latents kept at a frame's last encoding")
     actor_units: int = opt(256, "actor: hidden units", 1, 8192)
     critic_units: int = opt(512, "critic: hidden units", 1, 8192)
@@ -170,25 +172,25 @@ class Config:
         return self.dreams / self.batch_size
 
 
-CNN_MULTIPLES, CNN_MAP, CNN_KERNEL = (1, 2, 3, 4, 4), 4, 5
+CNN_MULTIPLES, CNN_MAP, CNN_KERNEL, CNN_PATCH = (1, 2, 3, 4, 4), 4, 5, 4
 ANYTIME = {"steps", "device", "out", "eval", "eval_envs", "compile", "save_every", "draw_every"}
 PRESETS = {
     "paper": {},
     "laptop": dict(
-        cnn_width=16, first_stride=4, categoricals=16, classes=16, d_model=256, head_units=128,
-        batch_length=32, train_every=4, dreams=96, horizon=15, stored_latents=True,
-        critic_units=256, hidden_layers=2, model_lr=1e-3, actor_lr=2e-4, entropy=1e-3,
+        first_stride=4, categoricals=16, classes=16, d_model=256, head_units=128, batch_size=8,
+        batch_length=32, train_every=4, mean_frame=True, dreams=64, horizon=15, stored_latents=True,
+        critic_units=256, hidden_layers=2, model_lr=2e-3, actor_lr=1e-4, entropy=3e-3,
         lr_warmup=100),
     "gridworld": dict(
-        steps=8000, cnn_width=16, first_stride=4, categoricals=16, classes=16, d_model=128,
-        head_units=128, batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1,
+        steps=8000, first_stride=4, categoricals=16, classes=16, d_model=128, head_units=128,
+        batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1, mean_frame=True,
         dreams=256, context=3, horizon=2, act_context=4, stored_latents=True, actor_units=128,
         critic_units=128, hidden_layers=2, model_lr=2e-3, actor_lr=5e-4, entropy=1e-2,
         lr_warmup=50),
     "tiny": dict(
         image_size=16, cnn_width=4, first_stride=2, categoricals=4, classes=6, d_model=16,
         headdim=8, d_state=4, chunk_size=4, head_units=16, bins=41, batch_size=3, batch_length=10,
-        warmup=40, train_every=8, dreams=7, context=4, horizon=5, stored_latents=True,
+        warmup=40, train_every=8, dreams=7, context=4, horizon=5, stored_latents=True, mean_frame=True,
         actor_units=16, critic_units=16, hidden_layers=1, lr_warmup=10, log_every=20,
         picture_steps=12),
 }
@@ -449,6 +451,10 @@ class Replay:
                    self.terminated[rows].float(), self.first[rows])
         return Batch(rows, *(column.to(self.device) for column in columns))
 
+    def mean_frame(self) -> Tensor:
+        """The mean of all frames, (H, W, 3) in 0..1."""
+        return torch.from_numpy(self.frame[:self.size].mean(0) / 255).float().to(self.device)
+
     def state_dict(self) -> dict:
         """The rows so far less the frames, which are flushed to their file."""
         self.frame.flush()
@@ -508,8 +514,9 @@ def unimix(logits: Tensor, share: float) -> Tensor:
 
 
 def draw_one_hot(logp: Tensor) -> Tensor:
-    """A one-hot sample of each categorical in logp (..., C)."""
-    return F.one_hot((logp + gumbel(logp)).argmax(-1), logp.shape[-1]).to(logp.dtype)
+    """A one-hot sample of each categorical in logp (..., C), from one uniform number each."""
+    below = logp.exp().cumsum(-1) < torch.rand_like(logp[..., :1])
+    return F.one_hot(below[..., :-1].sum(-1), logp.shape[-1]).to(logp.dtype)
 
 
 def straight_through(logp: Tensor) -> Tensor:
@@ -550,8 +557,9 @@ class Encoder(nn.Sequential):
     def __init__(self, cfg: Config):
         layers, channels = [], 3
         for width, stride in cfg.cnn:
-            layers += [nn.Conv2d(channels, width, CNN_KERNEL, stride, CNN_KERNEL // 2),
-                       nn.BatchNorm2d(width), nn.SiLU()]
+            kernel, padding = (stride, 0) if stride == CNN_PATCH else (CNN_KERNEL, CNN_KERNEL // 2)
+            layers += [nn.Conv2d(channels, width, kernel, stride, padding), nn.BatchNorm2d(width),
+                       nn.SiLU()]
             channels = width
         super().__init__(*layers, nn.Flatten())
 
@@ -564,11 +572,32 @@ class Decoder(nn.Sequential):
         channels, layers = widths[-1], [nn.Linear(cfg.d_z, widths[-1] * CNN_MAP**2),
                                         nn.Unflatten(1, (widths[-1], CNN_MAP, CNN_MAP))]
         for width, stride in zip((*widths[-2::-1], 3), reversed(strides)):
-            layers += [nn.BatchNorm2d(channels), nn.SiLU(),
-                       nn.ConvTranspose2d(channels, width, CNN_KERNEL, stride, CNN_KERNEL // 2,
-                                          output_padding=stride - 1)]
+            layers += [nn.BatchNorm2d(channels), nn.SiLU()]
+            if stride == CNN_PATCH:
+                layers += [nn.Conv2d(channels, width * stride**2, 1), nn.PixelShuffle(stride)]
+            else:
+                layers += [nn.ConvTranspose2d(channels, width, CNN_KERNEL, stride, CNN_KERNEL // 2,
+                                              output_padding=stride - 1)]
             channels = width
-        super().__init__(*layers, nn.Sigmoid())
+        super().__init__(*layers)
+        self.register_buffer("mean", torch.zeros(3, cfg.image_size, cfg.image_size))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (n, K*C) -> (n, 3, H, W)."""
+        return (super().forward(z) + self.mean).sigmoid()
+
+    @torch.no_grad()
+    def start_at(self, frame: Tensor) -> None:
+        """Draw the frame (H, W, 3) in 0..1, the mean of random play, and next to nothing else.
+
+        NOTE(8): while a decoder has yet to find the background, a noisy latent costs more than it
+        tells: the posterior turns constant, and stays so for long. On Pong's frames, after 60 s on
+        one core, squared errors of 7.7 without this and 1.3 with it.
+        """
+        self.mean.copy_(frame.clamp(0.02, 0.98).logit().permute(2, 0, 1))
+        last = [layer for layer in self if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))][-1]
+        last.weight.mul_(0.01)
+        last.bias.zero_()
 
 
 # ---- 6 Mamba-2 ----------------------------------------------------------------------------------
@@ -587,7 +616,7 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
     with torch.autocast(x.device.type, enabled=False):
         x, dt, A, B, C = (t.float() if t.itemsize < 4 else t for t in (x, dt, A, B, C))
         if state is None:
-            state = x.new_zeros(b, h, p, n)
+            state = x.new_zeros(b, h, n, p).mT
         if first is None:
             first = torch.zeros(b, l, dtype=torch.bool, device=x.device)
         X = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, pad)).view(b, c, q, h, p).transpose(2, 3)
@@ -601,7 +630,7 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
         y = (C @ B.mT * decay) @ X  # (b,c,h,q,q) @ (b,c,h,q,p)
         # 2 what each chunk adds to the state by its end
         to_end = (S[..., -1:] - S).exp() * (segment == segment[..., -1:])  # (b,c,h,q)
-        ends = (X * to_end[..., None]).mT @ B  # (b,c,h,p,n)
+        ends = (B.mT @ (X * to_end[..., None])).mT  # (b,c,h,p,n)
         # 3 the recurrence over chunks; unbind, as indexing costs a full-size zero gradient each
         through = S[..., -1].exp() * (segment[..., -1] == 0)  # (b,c,h)
         starts = []
@@ -618,9 +647,9 @@ def ssd_step(x, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
     """One token of `ssd_scan`: x (b,h,p), dt (b,h), B and C (b,n) -> y (b,h,p) and a NEW state."""
     with torch.autocast(x.device.type, enabled=False):
         x, dt, A, B, C = (t.float() if t.itemsize < 4 else t for t in (x, dt, A, B, C))
-        kept = (dt * A).exp()[..., None, None] * state
-        state = torch.addcmul(kept, (dt[..., None] * x)[..., None], B[:, None, None])
-        return (state.flatten(1, 2) @ C[..., None]).view_as(x), state
+        kept = (dt * A).exp()[..., None, None] * state.mT  # (b,h,n,p): p last runs twice as fast
+        kept = torch.addcmul(kept, B[:, None, :, None], (dt[..., None] * x)[:, :, None])
+        return (C[:, None, None] @ kept).squeeze(-2), kept.mT
 
 
 class Mamba2(nn.Module):
@@ -648,7 +677,7 @@ class Mamba2(nn.Module):
         """(conv window (b, d_conv-1, channels), SSM state (b, h, p, n)), both zero."""
         new = self.D.new_zeros
         return (new(batch, self.d_conv - 1, self.d_inner + 2 * self.d_state),
-                new(batch, self.heads, self.headdim, self.d_state))
+                new(batch, self.heads, self.d_state, self.headdim).mT)
 
     def _split(self, u):
         return self.in_proj(u).split(
@@ -1341,8 +1370,9 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
     if cfg.stored_latents:  # NOTE(7): as last encoded, not 8 frames a dream encoded anew
         z = model.one_hot(replay.latent[rows].to(replay.device))
     else:
-        with torch.no_grad():
-            z = draw_one_hot(model.encode(replay.batch(rows).frame)).flatten(-2)
+        with torch.no_grad():  # by parts that stay in a CPU's cache: 8,192 frames at once are slower
+            z = torch.cat([draw_one_hot(model.encode(replay.batch(part).frame)).flatten(-2)
+                           for part in rows.split(32)])
     dream = model.imagine(agent.actor, z, replay.action[rows].to(replay.device),
                           replay.first[rows].to(replay.device))
     losses, metrics = agent.loss(dream)
@@ -1435,6 +1465,8 @@ def train(cfg: Config, run: Run) -> int:
             frame = following
 
             if at["step"] >= cfg.warmup and at["step"] % cfg.train_every == 0:
+                if cfg.mean_frame and not at["updates"]:
+                    model.decoder.start_at(replay.mean_frame())
                 with autocast:
                     # TRAIN WORLD MODEL
                     news = update_world_model(model, model_learner, replay)
@@ -1576,6 +1608,8 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; return the exit code."""
     keep_freed_pages()
+    # RMSNorm under autocast: bfloat16 in, float32 weights, as meant
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     code = 2
     try:
         cfg, given = parse(argv)

@@ -1,0 +1,146 @@
+"""Is the world model right? Train it alone on random play, then look: reconstruction, next frame, dream.
+
+    python experiments/world_model.py --game Pong --minutes 10 --picture pong.png [any flag of drama.py]
+
+Random play fills the replay with --warmup steps (default 5,000); nobody acts after that. Each minute one
+line on fresh play that was not trained on: squared error a frame of the reconstruction, of the next frame
+(decoded from the prior, all frames up to now seen) and of a dream 8 steps on, beside that of the last
+real frame held still. On Pong also the ball: the share of its real brightness over the background that
+is drawn where the real ball is; 1 is a perfect ball, 0 none. The picture shows the four as rows.
+"""
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import drama  # noqa: E402
+
+HELD_OUT, LENGTH, AHEAD = 16, 48, 8  # windows, frames in each, steps of the dream
+
+
+def play(cfg, device, steps: int, seed: int) -> drama.Replay:
+    """A replay of random play."""
+    env = drama.make_env(cfg.game, 1, cfg.image_size)
+    rng = np.random.default_rng(seed)
+    run = drama.Run(dataclasses.replace(cfg, out=tempfile.mkdtemp(), steps=steps))
+    run.allocate(dataclasses.replace(cfg, steps=steps), 0, 0)
+    replay = drama.Replay(run.frames, dataclasses.replace(cfg, steps=steps), device)
+    frame, first = env.reset(seed=seed)[0], True
+    while replay.size < steps:
+        action = rng.integers(env.single_action_space.n, size=1)
+        following, reward, terminated, truncated, info = env.step(action)
+        replay.add(frame[0, 0], action[0], reward[0], terminated[0], first, 0)
+        first = bool(drama.episode_over(terminated, truncated, info)[0])
+        frame = env.step(action)[0] if first else following
+    return replay
+
+
+def ball(real: torch.Tensor, drawn: torch.Tensor) -> float:
+    """Share of the Pong ball's brightness that is drawn; frames (n, 3, H, W) in 0..1."""
+    h, w = real.shape[-2:]
+    field = (..., slice(h * 36 // 210 + 1, h * 192 // 210), slice(w * 24 // 160, w * 136 // 160))
+    real, drawn = real[:, 2][field], drawn[:, 2][field]  # blue: background 17, ball 236
+    background = real.median()
+    where = real - background > 0.2
+    return ((drawn - background)[where].sum() / (real - background)[where].sum()).item()
+
+
+@torch.no_grad()
+def look(cfg, model, batch) -> dict[str, torch.Tensor]:
+    """Real frames and three ways to draw them, (b, l - AHEAD, 3, H, W), the same moments in each."""
+    model.eval()
+    z = drama.draw_one_hot(model.encode(batch.frame)).flatten(-2)
+    d, _ = model.sequence(z, batch.action, first=batch.first)
+    following = drama.draw_one_hot(model.log_prior(d)).flatten(-2)  # z^_{t+1} from d_t
+    start = AHEAD - 1  # frame t of the dream is seen AHEAD steps before it
+    dreamt = []
+    for t in range(AHEAD, z.shape[1]):
+        lead = slice(max(0, t - AHEAD - cfg.context + 1), t - AHEAD + 1)
+        out, states = model.sequence(z[:, lead], batch.action[:, lead], None, batch.first[:, lead])
+        out = out[:, -1]
+        for k in range(t - AHEAD + 1, t + 1):
+            drawn = drama.draw_one_hot(model.log_prior(out)).flatten(-2)
+            out, states = model.sequence.step(drawn, batch.action[:, k], states)
+        dreamt.append(drawn)
+    real = batch.frame.permute(0, 1, 4, 2, 3).float() / 255
+    return {"real": real[:, AHEAD:], "reconstruction": model.decode(z[:, AHEAD:]),
+            "next frame": model.decode(following[:, start:-1]),
+            f"dream, {AHEAD} steps on": model.decode(torch.stack(dreamt, 1)),
+            "held still": real[:, :-AHEAD]}
+
+
+def main() -> None:
+    """Train, measure, draw."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--minutes", type=float, default=10)
+    own.add_argument("--picture", default="")
+    own, rest = own.parse_known_args()
+    drama.keep_freed_pages()
+    cfg, given = drama.parse(rest)
+    if "warmup" not in given:
+        cfg = dataclasses.replace(cfg, warmup=5000)
+    drama.validate(cfg)
+    torch.manual_seed(cfg.seed)
+    device = drama.choose_device(cfg)
+    replay, fresh = play(cfg, device, cfg.warmup, cfg.seed), play(cfg, device, 3000, cfg.seed + 1)
+    starts = torch.linspace(0, fresh.size - LENGTH, HELD_OUT).long()
+    batch = fresh.batch(starts[:, None] + torch.arange(LENGTH))
+    num_actions = int(max(replay.action.max(), fresh.action.max())) + 1
+    model = drama.WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
+    learner, _ = drama.make_learners(cfg, model, drama.ActorCritic(cfg, num_actions).to(device))
+    if cfg.mean_frame:
+        model.decoder.start_at(replay.mean_frame())
+    precision = drama.choose_precision(cfg, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    print(f"{cfg.game}, preset {cfg.preset}, {' '.join(rest)}, {precision}, "
+          f"{torch.get_num_threads()} threads", flush=True)
+    spent, updates, minute = 0.0, 0, 0
+    while spent < 60 * own.minutes:
+        begun = time.perf_counter()
+        with autocast:
+            news = drama.update_world_model(model, learner, replay)
+        spent, updates = spent + time.perf_counter() - begun, updates + 1
+        if spent // 60 == minute and spent < 60 * own.minutes:
+            continue
+        minute = spent // 60
+        with autocast:
+            films = {name: film.float() for name, film in look(cfg, model, batch).items()}
+        flat = {name: film.flatten(0, 1).cpu() for name, film in films.items()}
+        error = {name: (x - flat["real"]).square().sum((1, 2, 3)).mean() for name, x in flat.items()}
+        line = f"{spent / 60:4.1f} min, {updates:5} updates, kl {news['kl']:.2f}; error " + ", ".join(
+            f"{name} {e:.2f}" for name, e in error.items() if name != "real")
+        if cfg.game == "Pong":
+            line += "; ball " + ", ".join(f"{name} {ball(flat['real'], x):.2f}"
+                                          for name, x in flat.items() if name != "real")
+        print(line, flush=True)
+    if own.picture:
+        draw(films, cfg, f"{updates} updates, {own.minutes:g} minutes", own.picture)
+
+
+def draw(films: dict, cfg, title: str, path: str) -> None:
+    """Rows: the films; columns: moments of the first windows."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    names = [name for name in films if name != "held still"]
+    moments = [(i, t) for i in (1, 5, 9, 13) for t in (4, 12, 20)]
+    figure, axes = pyplot.subplots(len(names), len(moments), figsize=(18, 6.2), layout="constrained")
+    for row, name in zip(axes, names):
+        row[0].set_ylabel(name)
+        for axis, (i, t) in zip(row, moments):
+            axis.imshow(films[name][i, t].permute(1, 2, 0).cpu().clamp(0, 1))
+            axis.set(xticks=[], yticks=[])
+    figure.suptitle(f"{cfg.game}, preset {cfg.preset}, world model alone on {cfg.warmup:,} random "
+                    f"steps: {title}; play not trained on")
+    figure.savefig(path, dpi=80)
+
+
+if __name__ == "__main__":
+    main()
