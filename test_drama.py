@@ -573,6 +573,31 @@ def test_parameter_counts_of_the_paper():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_decoder_starts_at_the_mean_frame(stride, tmp_path):
+    model = scrambled(WorldModel(small(first_stride=stride, cnn_width=5), ACTIONS))
+    assert model.encode(torch.zeros(2, 16, 16, 3)).shape == (2, K, C)
+    replay = make_replay(tmp_path)
+    replay.frame[:, 3:5] = 255  # a wall
+    z = drama.draw_one_hot(torch.zeros(6, K, C)).flatten(-2)
+    mean = replay.mean_frame().permute(2, 0, 1).clamp(0.02, 0.98)
+    close(mean[0, :6, 0], [29.5 / 255] * 3 + [0.98] * 2 + [29.5 / 255])
+    assert abs(model.decode(z) - mean).max() > 0.1
+    model.decoder.start_at(replay.mean_frame())
+    assert abs(model.decode(z) - mean).max() < 0.02
+
+
+def test_a_run_starts_at_the_mean_frame_of_its_random_steps(no_pictures, tmp_path):
+    for flag, same in (("true", True), ("false", False)):
+        argv = ["--game", "GridWorld", *RUN, "--mean_frame", flag, "--steps", "60"]
+        assert drama.main([*argv, "--out", str(tmp_path / flag)]) == 0
+        saved = torch.load(tmp_path / flag / "checkpoint.pt", weights_only=True)
+        frames = np.fromfile(tmp_path / flag / "frames.bin", np.uint8).reshape(60, 16, 16, 3)
+        want = torch.logit(torch.tensor(frames[:40].mean(0) / 255).clamp(0.02, 0.98))
+        close(saved["model"]["decoder.mean"], want.permute(2, 0, 1) * same)
+
+
+@torch.no_grad()
 def test_world_model_losses_against_numpy(model):
     model.cfg, batch = small(free_bits=5.0), make_batch((0, 4), (7,))
     losses, z, kl = model.loss(batch)
