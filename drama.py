@@ -36,7 +36,6 @@ import difflib
 import io
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -46,6 +45,7 @@ import warnings
 import zipfile
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +113,7 @@ class Config:
     train_every: int = opt(1, "environment steps between updates", 1, 100_000)
     free_bits: float = opt(1.0, "KL below this is not trained on, in nats", 0.0, 1000.0)
     representation_scale: float = opt(0.1, "weight of KL[post || sg(prior)]", 0.0, 100.0)
+    kl_warmup: int = opt(0, "updates in which the two KL losses grow to their weights", 0, 10**7)
     model_lr: float = opt(1e-4, "world model: learning rate", 1e-8, 1.0)
     model_clip: float = opt(1000.0, "world model: largest gradient norm", 1e-3, 1e9)
     weight_decay: float = opt(1e-4, "world model: weight decay of matrices and kernels", 0.0, 1.0)
@@ -178,9 +179,9 @@ PRESETS = {
     "paper": {},
     "laptop": dict(
         first_stride=4, categoricals=16, classes=16, d_model=256, head_units=128, batch_size=8,
-        batch_length=32, train_every=4, mean_frame=True, dreams=64, horizon=15, stored_latents=True,
-        critic_units=256, hidden_layers=2, model_lr=2e-3, actor_lr=1e-4, entropy=3e-3,
-        lr_warmup=100),
+        batch_length=32, train_every=4, kl_warmup=1000, mean_frame=True, dreams=64, horizon=15,
+        stored_latents=True, critic_units=256, hidden_layers=2, model_lr=2e-3, actor_lr=1e-4,
+        entropy=3e-3, lr_warmup=100),
     "gridworld": dict(
         steps=8000, first_stride=4, categoricals=16, classes=16, d_model=128, head_units=128,
         batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1, mean_frame=True,
@@ -190,9 +191,9 @@ PRESETS = {
     "tiny": dict(
         image_size=16, cnn_width=4, first_stride=2, categoricals=4, classes=6, d_model=16,
         headdim=8, d_state=4, chunk_size=4, head_units=16, bins=41, batch_size=3, batch_length=10,
-        warmup=40, train_every=8, dreams=7, context=4, horizon=5, stored_latents=True, mean_frame=True,
-        actor_units=16, critic_units=16, hidden_layers=1, lr_warmup=10, log_every=20,
-        picture_steps=12),
+        warmup=40, train_every=8, dreams=7, context=4, horizon=5, stored_latents=True,
+        mean_frame=True, actor_units=16, critic_units=16, hidden_layers=1, lr_warmup=10,
+        log_every=20, picture_steps=12),
 }
 
 
@@ -389,7 +390,8 @@ def dfs_dream_logits(v: Tensor, b: Tensor, s: float, temperature: float) -> Tens
 
 
 class Replay:
-    """All that was seen, a row an environment step, in the order of time; frames lie in a file.
+    """All that was seen, a row an environment step, in the order of time, on the training device;
+    the frames lie in a file too.
 
         row        t             t+1           t+2
         frame      o_t           o_t+1         o_t+2    the frame that a_t answers
@@ -409,26 +411,29 @@ class Replay:
         self.cfg, self.device, self.size = cfg, device, 0
         rows, side = cfg.steps, cfg.image_size
         self.frame = np.memmap(path, np.uint8, "r+", shape=(rows, side, side, 3))
-        self.action = torch.zeros(rows, dtype=torch.int64)
-        self.reward = torch.zeros(rows)
-        self.terminated = torch.zeros(rows, dtype=torch.bool)
-        self.first = torch.zeros(rows, dtype=torch.bool)
-        self.latent = torch.zeros(rows, cfg.categoricals, dtype=torch.uint8)  # classes
-        self.v = torch.zeros(rows, dtype=torch.int32)
-        self.b = torch.zeros(rows, dtype=torch.int32)
+        self.near = torch.from_numpy(self.frame).to(device)  # a copy, or on the CPU the file itself
+        new = partial(torch.zeros, device=device)
+        self.action = new(rows, dtype=torch.int64)
+        self.reward = new(rows)
+        self.terminated = new(rows, dtype=torch.bool)
+        self.first = new(rows, dtype=torch.bool)
+        self.latent = new(rows, cfg.categoricals, dtype=torch.uint8)  # classes
+        self.v = new(rows, dtype=torch.int32)
+        self.b = new(rows, dtype=torch.int32)
 
     def add(self, frame, action, reward, terminated, first, latent) -> None:
         """Append one row: frame (H, W, 3) uint8, four numbers, latent (K,) classes."""
         i = self.size
         self.frame[i], self.action[i], self.reward[i] = frame, int(action), float(reward)
+        self.near[i] = torch.from_numpy(self.frame[i])
         self.terminated[i], self.first[i], self.latent[i] = bool(terminated), bool(first), latent
         self.size += 1
 
     def _draw(self, k: int, length: int, logits) -> Tensor:
         n = self.size - length + 1
-        i = torch.arange(n)
-        noisy = gumbel(i) + (logits(slice(0, n)) if self.cfg.sampler == "dfs" else 0)
-        return noisy.topk(min(k, n)).indices[:, None] + torch.arange(length)  # (k, length)
+        noisy = gumbel(self.v[:n]) + (logits(slice(0, n)) if self.cfg.sampler == "dfs" else 0)
+        starts = noisy.topk(min(k, n)).indices
+        return starts[:, None] + torch.arange(length, device=self.device)  # (k, length)
 
     def draw_sequences(self) -> Tensor:
         """Rows (b, l) for a world model update; no start twice; their starts' v grows by 1."""
@@ -446,10 +451,9 @@ class Replay:
         return rows
 
     def batch(self, rows: Tensor) -> Batch:
-        """The windows at rows (b, l), on the training device."""
-        columns = (torch.from_numpy(self.frame[rows.numpy()]), self.action[rows], self.reward[rows],
-                   self.terminated[rows].float(), self.first[rows])
-        return Batch(rows, *(column.to(self.device) for column in columns))
+        """The windows at rows (b, l)."""
+        return Batch(rows, self.near[rows], self.action[rows], self.reward[rows],
+                     self.terminated[rows].float(), self.first[rows])
 
     def mean_frame(self) -> Tensor:
         """The mean of all frames, (H, W, 3) in 0..1."""
@@ -1185,21 +1189,17 @@ class Run:
         return None
 
 
-def generators(device: torch.device) -> dict:
-    """The state of every random generator."""
-    name, keys, *rest = np.random.get_state()
-    there = getattr(torch, device.type).get_rng_state() if device.type != "cpu" else None
-    return dict(python=random.getstate(), numpy=[name, keys.tolist(), *rest],
-                torch=torch.get_rng_state(), device=there)
+def generators(device: torch.device) -> list[Tensor]:
+    """The states of torch's random generators; the environment keeps its own, nothing uses more."""
+    there = [] if device.type == "cpu" else [getattr(torch, device.type).get_rng_state()]
+    return [torch.get_rng_state(), *there]
 
 
-def set_generators(saved: dict, device: torch.device) -> None:
-    """Put every random generator back."""
-    random.setstate(saved["python"])
-    np.random.set_state(tuple(saved["numpy"]))
-    torch.set_rng_state(saved["torch"].cpu())
-    if device.type != "cpu" and saved["device"] is not None:
-        getattr(torch, device.type).set_rng_state(saved["device"].cpu())
+def set_generators(saved: list[Tensor], device: torch.device) -> None:
+    """Put torch's random generators back."""
+    torch.set_rng_state(saved[0].cpu())
+    if device.type != "cpu" and len(saved) > 1:
+        getattr(torch, device.type).set_rng_state(saved[1].cpu())
 
 
 def human_normalised(game: str, score: float) -> float:
@@ -1247,7 +1247,8 @@ def draw_dreams(run: Run, cfg: Config, model: WorldModel, replay: Replay) -> Non
     inside = opened[length:] - opened[1:replay.size - length + 2]
     calm = (inside == inside.min()).nonzero()  # (n, 1)
     with torch.random.fork_rng([replay.device] if replay.device.type == "cuda" else []):
-        rows = calm[torch.randint(len(calm), (windows,))] + torch.arange(length)
+        rows = calm[torch.randint(len(calm), (windows,))]
+        rows = rows + torch.arange(length, device=replay.device)
         batch = replay.batch(rows)
         model.eval()
         pictures = [batch.frame, *((255 * x.permute(0, 1, 3, 4, 2)).byte()
@@ -1310,7 +1311,7 @@ def choose_precision(cfg: Config, device: torch.device) -> str:
 
 
 def compile_parts(cfg: Config, model: WorldModel, agent: ActorCritic, device: torch.device) -> str:
-    """On CUDA compile the losses and the dream's step, the scan within; say which path runs."""
+    """On CUDA compile the losses, and dreams into one CUDA graph; say which path the scan takes."""
     if cfg.compile == "off" or device.type != "cuda":  # on CPUs torch 2.13's code was seen to crash
         return "eager"
     try:  # a small scan forward and backward tells whether there is a compiler that works
@@ -1319,8 +1320,9 @@ def compile_parts(cfg: Config, model: WorldModel, agent: ActorCritic, device: to
         y.sum().backward()
     except Exception as error:  # no compiler, no Triton, no Python headers: eager is the same code
         return f"eager (compiling failed: {type(error).__name__})"
-    for owner, name in ((model, "loss"), (model.sequence, "step"), (agent, "loss")):
-        setattr(owner, name, torch.compile(getattr(owner, name)))
+    for owner, name, mode in ((model, "loss", None), (agent, "loss", None),
+                              (model, "imagine", "reduce-overhead")):
+        setattr(owner, name, torch.compile(getattr(owner, name), mode=mode))
     return "compiled"
 
 
@@ -1358,8 +1360,11 @@ def update_world_model(model, learner, replay) -> dict:
     batch = replay.batch(replay.draw_sequences())
     model.train()
     losses, z, kl = model.loss(batch)
-    metrics = learner.step(losses, model.weights)
-    replay.latent[batch.rows] = z.argmax(-1).byte().cpu()
+    # NOTE(9): full KL losses turn a fresh posterior constant; with a warm-up it first learns to see
+    grown = min(1.0, learner.schedule.last_epoch / max(1, model.cfg.kl_warmup - 1))
+    kls = {name: grown * model.weights[name] for name in ("dynamics", "representation")}
+    metrics = learner.step(losses, model.weights | (kls if model.cfg.kl_warmup else {}))
+    replay.latent[batch.rows] = z.argmax(-1).byte()
     return {**metrics, "kl": kl.mean().item(), "batch_reward": batch.reward.mean().item()}
 
 
@@ -1368,13 +1373,12 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
     rows = replay.draw_contexts()
     model.eval()
     if cfg.stored_latents:  # NOTE(7): as last encoded, not 8 frames a dream encoded anew
-        z = model.one_hot(replay.latent[rows].to(replay.device))
+        z = model.one_hot(replay.latent[rows])
     else:
-        with torch.no_grad():  # by parts that stay in a CPU's cache: 8,192 frames at once are slower
+        with torch.no_grad():  # by parts: 8,192 frames at once leave a CPU's cache, and are slower
             z = torch.cat([draw_one_hot(model.encode(replay.batch(part).frame)).flatten(-2)
                            for part in rows.split(32)])
-    dream = model.imagine(agent.actor, z, replay.action[rows].to(replay.device),
-                          replay.first[rows].to(replay.device))
+    dream = model.imagine(agent.actor, z, replay.action[rows], replay.first[rows])
     losses, metrics = agent.loss(dream)
     means = learner.step(losses, agent.weights)
     agent.update_slow_critic()
@@ -1392,8 +1396,7 @@ def train(cfg: Config, run: Run) -> int:
     if at["step"] >= cfg.steps:
         print(f"{run.dir} is finished at step {at['step']:,}; to go on, give a larger --steps")
         return 0
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
     env = make_env(cfg.game, 1, cfg.image_size)
     frame = env.reset(seed=cfg.seed + at["step"])[0]
     num_actions = int(env.single_action_space.n)

@@ -560,6 +560,22 @@ def test_updates_keep_and_use_latents(tmp_path, model, agent):
         assert torch.equal(action, rows % ACTIONS) and torch.equal(first, rows % 7 == 0)
 
 
+def test_kl_losses_grow_to_their_weights(tmp_path, model, agent):
+    replay, told = make_replay(tmp_path), []
+    model.cfg = small(kl_warmup=5)
+    learner, _ = drama.make_learners(model.cfg, model, agent)
+    step = learner.step
+    learner.step = lambda losses, weights: told.append(weights) or step(losses, weights)
+    for _ in range(7):
+        drama.update_world_model(model, learner, replay)
+    assert [w["dynamics"] for w in told] == [0, 0.25, 0.5, 0.75, 1, 1, 1]
+    close([w["representation"] for w in told], [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    assert all(w[name] == 1 for w in told for name in ("reconstruction", "reward", "termination"))
+    model.cfg = small(kl_warmup=0)
+    drama.update_world_model(model, learner, replay)
+    assert told[-1] == model.weights
+
+
 # ---- the world model ----------------------------------------------------------------------------
 
 
