@@ -183,9 +183,9 @@ PRESETS = {
         stored_latents=True, critic_units=256, hidden_layers=2, model_lr=2e-3, actor_lr=1e-4,
         entropy=3e-3, lr_warmup=100),
     "gridworld": dict(
-        steps=8000, first_stride=4, categoricals=16, classes=16, d_model=128, head_units=128,
-        batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1, mean_frame=True,
-        dreams=256, context=3, horizon=2, act_context=4, stored_latents=True, actor_units=128,
+        steps=10_000, first_stride=4, categoricals=16, classes=16, d_model=128, head_units=128,
+        batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1, kl_warmup=150,
+        mean_frame=True, dreams=256, context=3, horizon=2, act_context=4, stored_latents=True, actor_units=128,
         critic_units=128, hidden_layers=2, model_lr=2e-3, actor_lr=5e-4, entropy=1e-2,
         lr_warmup=50),
     "tiny": dict(
