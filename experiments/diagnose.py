@@ -2,8 +2,8 @@
 
     python experiments/diagnose.py runs/Boxing-0 [--recent 4000]
 
-Reads a run folder's checkpoint and frames (it may be in use) and looks at the most recent steps:
-- the reward head on real frames: mean prediction where the real reward was negative, zero, positive;
+Reads a run folder's checkpoint and frames (it may be in use) and looks at the last steps:
+- the reward head on real frames: mean prediction where the reward was negative, zero, positive;
 - dreams along the real actions: correlation of predicted and real sums of reward, mean of each;
 - dreams of the policy: mean reward a step and its frequency, beside the real ones;
 - the critic: its value on real frames against the discounted returns that followed.
@@ -48,11 +48,12 @@ def main() -> None:
     starts = torch.randint(max(0, replay.size - args.recent), replay.size - length, (count,))
     rows = starts[:, None] + torch.arange(length)
     batch = replay.batch(rows)
-    z = torch.cat([drama.draw_one_hot(model.encode(f)) for f in batch.frame.split(16)]).flatten(-2)
+    z = torch.cat([drama.draw_one_hot(model.encode(f)) for f in batch.frame.split(16)])
+    z = z.flatten(-2)
 
     d, _ = model.sequence(z, batch.action, first=batch.first)
     predicted = model.two_hot.mean(model.reward(d))
-    print(f"{cfg.game}, step {replay.size:,}, the last {args.recent:,}: {count} windows of {length}")
+    print(f"{cfg.game}, step {replay.size:,}, last {args.recent:,}: {count} windows of {length}")
     for name, where in (("negative", batch.reward < 0), ("zero", batch.reward == 0),
                         ("positive", batch.reward > 0)):
         if where.any():

@@ -1,12 +1,14 @@
 """Time the stages of one environment step of a preset, on random frames, and the peak memory.
 
-    python experiments/speed.py --preset paper [any flag of drama.py]
+    python experiments/speed.py --preset paper [--rows 100000] [any flag of drama.py]
 
-Prints the median of five of: acting, drawing a batch, a world model update, dreams with an
-actor-critic update; GFLOP of each as torch counts them, and the share of this machine's own
-float32 matmul rate that the stage reaches. Run it on a quiet machine.
+Prints the median of five of: acting, drawing a batch and the dreams' contexts from a replay of
+--rows frames (3,000), a world model update, dreams with an actor-critic update; GFLOP of each as
+torch counts them, and the share of this machine's own float32 matmul rate that the stage reaches.
+Run it on a quiet machine.
 """
 
+import argparse
 import dataclasses
 import statistics
 import sys
@@ -21,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drama  # noqa: E402
 
-ROWS, ACTIONS, REPEATS = 3000, 6, 5
+ACTIONS, REPEATS = 6, 5
 
 
 def median_seconds(call, device) -> float:
@@ -38,9 +40,12 @@ def median_seconds(call, device) -> float:
 
 def main() -> None:
     """Build the parts as `train` does and time them."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--rows", type=int, default=3000)
+    own, rest = own.parse_known_args()
     drama.keep_freed_pages()
-    cfg, _ = drama.parse(sys.argv[1:])
-    cfg = dataclasses.replace(cfg, steps=ROWS + 1, out=tempfile.mkdtemp())
+    cfg, _ = drama.parse(rest)
+    cfg = dataclasses.replace(cfg, steps=own.rows + 1, out=tempfile.mkdtemp())
     device = drama.choose_device(cfg)
     model = drama.WorldModel(cfg, ACTIONS).to(device, memory_format=torch.channels_last)
     agent = drama.ActorCritic(cfg, ACTIONS).to(device)
@@ -49,7 +54,7 @@ def main() -> None:
     run.allocate(cfg, 0, 0)
     replay = drama.Replay(run.frames, cfg, device)
     rng = np.random.default_rng(0)
-    for i in range(ROWS):
+    for i in range(own.rows):
         frame = rng.integers(0, 255, replay.frame.shape[1:], dtype=np.uint8)
         replay.add(frame, i % ACTIONS, 0, 0, i % 500 == 0, torch.zeros(cfg.categoricals))
     player = drama.Player(cfg, model, agent, 1, device)
@@ -65,6 +70,7 @@ def main() -> None:
     stages = {
         "act": act,
         "draw a batch": lambda: replay.batch(replay.draw_sequences()),
+        "draw contexts": lambda: replay.batch(replay.draw_contexts()),
         "world model": lambda: drama.update_world_model(model, learners[0], replay),
         "dreams, actor-critic": lambda: drama.update_actor_critic(cfg, model, agent, learners[1],
                                                                   replay)}

@@ -1,12 +1,13 @@
-"""Is the world model right? Train it alone on random play, then look: reconstruction, next frame, dream.
+"""Is the world model right? Train it alone on random play: reconstruction, next frame, dream.
 
-    python experiments/world_model.py --game Pong --minutes 10 --picture pong.png [any flag of drama.py]
+    python experiments/world_model.py --game Pong --minutes 10 --picture pong.png [drama.py's flags]
 
-Random play fills the replay with --warmup steps (default 5,000); nobody acts after that. Each minute one
-line on fresh play that was not trained on: squared error a frame of the reconstruction, of the next frame
-(decoded from the prior, all frames up to now seen) and of a dream 8 steps on, beside that of the last
-real frame held still. On Pong also the ball: the share of its real brightness over the background that
-is drawn where the real ball is; 1 is a perfect ball, 0 none. The picture shows the four as rows.
+Random play fills the replay with --warmup steps (default 5,000); nobody acts after that. Each
+minute one line on fresh play that was not trained on: squared error a frame of the reconstruction,
+of the next frame (decoded from the prior, all frames up to now seen) and of a dream 8 steps on,
+beside that of the last real frame held still. On Pong also the ball: the share of its brightness
+over the background that is drawn where the real ball is; 1 is a perfect ball, 0 none. The picture
+shows the four as rows.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def play(cfg, device, steps: int, seed: int) -> drama.Replay:
 def ball(real: torch.Tensor, drawn: torch.Tensor) -> float:
     """Share of the Pong ball's brightness that is drawn; frames (n, 3, H, W) in 0..1."""
     h, w = real.shape[-2:]
-    field = (..., slice(h * 36 // 210 + 1, h * 192 // 210), slice(w * 24 // 160, w * 136 // 160))
+    field = ..., slice(h * 36 // 210 + 1, h * 192 // 210), slice(w * 24 // 160, w * 136 // 160)
     real, drawn = real[:, 2][field], drawn[:, 2][field]  # blue: background 17, ball 236
     background = real.median()
     where = real - background > 0.2
@@ -54,7 +55,7 @@ def ball(real: torch.Tensor, drawn: torch.Tensor) -> float:
 
 @torch.no_grad()
 def look(cfg, model, batch) -> dict[str, torch.Tensor]:
-    """Real frames and three ways to draw them, (b, l - AHEAD, 3, H, W), the same moments in each."""
+    """Real frames, three ways to draw them: (b, l - AHEAD, 3, H, W), the same moments in each."""
     model.eval()
     z = drama.draw_one_hot(model.encode(batch.frame)).flatten(-2)
     d, _ = model.sequence(z, batch.action, first=batch.first)
@@ -113,12 +114,13 @@ def main() -> None:
         with autocast:
             films = {name: film.float() for name, film in look(cfg, model, batch).items()}
         flat = {name: film.flatten(0, 1).cpu() for name, film in films.items()}
-        error = {name: (x - flat["real"]).square().sum((1, 2, 3)).mean() for name, x in flat.items()}
-        line = f"{spent / 60:4.1f} min, {updates:5} updates, kl {news['kl']:.2f}; error " + ", ".join(
-            f"{name} {e:.2f}" for name, e in error.items() if name != "real")
+        real = flat.pop("real")
+        line = f"{spent / 60:4.1f} min, {updates:5} updates, kl {news['kl']:.2f}; error "
+        line += ", ".join(f"{name} {(x - real).square().sum((1, 2, 3)).mean():.2f}"
+                          for name, x in flat.items())
         if cfg.game == "Pong":
-            line += "; ball " + ", ".join(f"{name} {ball(flat['real'], x):.2f}"
-                                          for name, x in flat.items() if name != "real")
+            line += "; ball " + ", ".join(f"{name} {ball(real, x):.2f}"
+                                          for name, x in flat.items())
         print(line, flush=True)
     if own.picture:
         draw(films, cfg, f"{updates} updates, {own.minutes:g} minutes", own.picture)
@@ -131,7 +133,8 @@ def draw(films: dict, cfg, title: str, path: str) -> None:
     from matplotlib import pyplot
     names = [name for name in films if name != "held still"]
     moments = [(i, t) for i in (1, 5, 9, 13) for t in (4, 12, 20)]
-    figure, axes = pyplot.subplots(len(names), len(moments), figsize=(18, 6.2), layout="constrained")
+    figure, axes = pyplot.subplots(len(names), len(moments), figsize=(18, 6.2),
+                                   layout="constrained")
     for row, name in zip(axes, names):
         row[0].set_ylabel(name)
         for axis, (i, t) in zip(row, moments):
