@@ -179,9 +179,9 @@ PRESETS = {
     "paper": {},
     "laptop": dict(
         first_stride=4, categoricals=16, classes=16, d_model=256, head_units=128, batch_size=8,
-        batch_length=32, train_every=4, kl_warmup=1000, mean_frame=True, dreams=64, horizon=15,
-        stored_latents=True, critic_units=256, hidden_layers=2, model_lr=2e-3, actor_lr=1e-4,
-        entropy=3e-3, lr_warmup=100),
+        batch_length=32, train_every=4, mean_frame=True, dreams=64, horizon=15, stored_latents=True,
+        critic_units=256, hidden_layers=2, model_lr=2e-3, actor_lr=1e-4, entropy=3e-3,
+        lr_warmup=100),
     "gridworld": dict(
         steps=10_000, first_stride=4, categoricals=16, classes=16, d_model=128, head_units=128,
         batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1, kl_warmup=150,
@@ -452,8 +452,9 @@ class Replay:
 
     def batch(self, rows: Tensor) -> Batch:
         """The windows at rows (b, l)."""
-        return Batch(rows, self.near[rows], self.action[rows], self.reward[rows],
-                     self.terminated[rows].float(), self.first[rows])
+        frame = self.near.index_select(0, rows.flatten())  # 5 times as fast as near[rows] on a CPU
+        return Batch(rows, frame.unflatten(0, rows.shape), self.action[rows],
+                     self.reward[rows], self.terminated[rows].float(), self.first[rows])
 
     def mean_frame(self) -> Tensor:
         """The mean of all frames, (H, W, 3) in 0..1."""

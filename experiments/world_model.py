@@ -37,7 +37,7 @@ def play(cfg, device, steps: int, seed: int) -> drama.Replay:
     while replay.size < steps:
         action = rng.integers(env.single_action_space.n, size=1)
         following, reward, terminated, truncated, info = env.step(action)
-        replay.add(frame[0, 0], action[0], reward[0], terminated[0], first, 0)
+        replay.add(frame[0, 0], action[0], reward[0], terminated[0], first, torch.tensor(0))
         first = bool(drama.episode_over(terminated, truncated, info)[0])
         frame = env.step(action)[0] if first else following
     return replay
@@ -92,7 +92,7 @@ def main() -> None:
     device = drama.choose_device(cfg)
     replay, fresh = play(cfg, device, cfg.warmup, cfg.seed), play(cfg, device, 3000, cfg.seed + 1)
     starts = torch.linspace(0, fresh.size - LENGTH, HELD_OUT).long()
-    batch = fresh.batch(starts[:, None] + torch.arange(LENGTH))
+    batch = fresh.batch((starts[:, None] + torch.arange(LENGTH)).to(device))
     num_actions = int(max(replay.action.max(), fresh.action.max())) + 1
     model = drama.WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
     learner, _ = drama.make_learners(cfg, model, drama.ActorCritic(cfg, num_actions).to(device))
