@@ -3,16 +3,15 @@
     python experiments/scan_speed.py [--compile]
 
 Forward and backward in float32, 16 heads of 64, state 16, chunks of 32 unless said: medians, the
-sides taking turns. Then time and peak memory a token of the scan up to 65,536 tokens, each length
-in a process of its own. --compile adds torch.compile's code; on CPUs it was seen to crash, so
-drama.py does not use it there.
+sides taking turns. Then time and peak memory a token of the scan up to 65,536 tokens. --compile
+adds torch.compile's code; on CPUs it was seen to crash, so drama.py does not use it there.
 """
 
 import argparse
 import statistics
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drama  # noqa: E402
+import mamba2_ref  # noqa: E402
 
 HEADS, P, N, CHUNK = 16, 64, 16, 32
 
@@ -70,28 +70,12 @@ def ours(*tensors):
     return drama.ssd_scan(*tensors, CHUNK)[0]
 
 
-def alone(l: int) -> None:
-    """Print time and peak memory a token of one length."""
-    tensors = inputs(1, l)
-    spent = statistics.median(seconds(ours, tensors) for _ in range(5))
-    peak = "not measured on Windows"
-    try:
-        import resource
-        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}"
-    except ImportError:
-        pass
-    print(spent, peak)
-
-
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--alone", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     drama.keep_freed_pages()
-    if args.alone:
-        return alone(args.alone)
     sides = {"drama.py": ours}
     for q in (CHUNK, 64):
         sides[f"listing, chunks of {q}"] = lambda *t, q=q: listing(*t, q)
@@ -109,15 +93,10 @@ def main() -> None:
                 spent[name].append(seconds(scan, tensors))
         print(f"{f'{b} x {l:,}':<20}" + "".join(
             f"{1e6 * statistics.median(s) / b / l:>24.1f}" for s in spent.values()), flush=True)
-    print("\none sequence of      us a token    KiB a token (peak, less that of 64 tokens)")
-    floor = None
-    for l in (64, 1024, 4096, 16384, 65536):
-        out = subprocess.run([sys.executable, __file__, "--alone", str(l)], capture_output=True,
-                             text=True, check=True).stdout.split()
-        floor = floor or int(out[1])
-        if l > 64:
-            print(f"{l:>8,} tokens{1e6 * float(out[0]) / l:>17.1f}"
-                  f"{(int(out[1]) - floor) / l:>15.1f}", flush=True)
+    print("\none sequence of      us a token    KiB a token (peak, inputs not counted)")
+    for l in (1024, 4096, 16384, 65536):
+        spent, peak = mamba2_ref.cost(partial(drama.ssd_scan, chunk_size=CHUNK), l)
+        print(f"{l:>8,} tokens{1e6 * spent / l:>17.1f}{peak / 1024 / l:>15.1f}", flush=True)
 
 
 if __name__ == "__main__":
