@@ -176,6 +176,7 @@ def cost(function, l):
     leaves = [v.requires_grad_() for v in inputs.values()]
 
     def forward_backward():
+        """What is timed."""
         y, state = function(**inputs)
         torch.autograd.grad(y.sum() + state.sum(), leaves)
 
@@ -209,6 +210,7 @@ def measure(scan, step):
 
 
 def main():
+    """Check, then measure; exit code 1 where the scan is wrong."""
     # here, not at the top: whoever imports the oracle must not depend on what it judges
     from drama import ssd_scan, ssd_step
 

@@ -64,6 +64,7 @@ def main() -> None:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
     def act():
+        """One action, as `train` takes it."""
         model.eval()
         player.act(seen, first)
 
