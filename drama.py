@@ -113,7 +113,8 @@ class Config:
     train_every: int = opt(1, "environment steps between updates", 1, 100_000)
     free_bits: float = opt(1.0, "KL below this is not trained on, in nats", 0.0, 1000.0)
     representation_scale: float = opt(0.1, "weight of KL[post || sg(prior)]", 0.0, 100.0)
-    kl_warmup: int = opt(0, "updates in which the two KL losses grow to their weights", 0, 10**7)
+    see_first: int = opt(0, "updates on reconstruction alone; in twice as many the rest grows in",
+                         0, 10_000_000)
     model_lr: float = opt(1e-4, "world model: learning rate", 1e-8, 1.0)
     model_clip: float = opt(1000.0, "world model: largest gradient norm", 1e-3, 1e9)
     weight_decay: float = opt(1e-4, "world model: weight decay of matrices and kernels", 0.0, 1.0)
@@ -179,12 +180,12 @@ PRESETS = {
     "paper": {},
     "laptop": dict(
         first_stride=4, categoricals=16, classes=16, d_model=256, head_units=128, batch_size=8,
-        batch_length=32, train_every=4, mean_frame=True, dreams=64, horizon=15, stored_latents=True,
-        critic_units=256, hidden_layers=2, model_lr=2e-3, actor_lr=1e-4, entropy=3e-3,
-        lr_warmup=100),
+        batch_length=32, train_every=4, see_first=500, mean_frame=True, dreams=64, horizon=15,
+        stored_latents=True, critic_units=256, hidden_layers=2, model_lr=2e-3, actor_lr=1e-4,
+        entropy=3e-3, lr_warmup=100),
     "gridworld": dict(
         steps=10_000, first_stride=4, categoricals=16, classes=16, d_model=128, head_units=128,
-        batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1, kl_warmup=150,
+        batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1, see_first=50,
         mean_frame=True, dreams=256, context=3, horizon=2, act_context=4, stored_latents=True,
         actor_units=128, critic_units=128, hidden_layers=2, model_lr=2e-3, actor_lr=5e-4,
         entropy=1e-2, lr_warmup=50),
@@ -967,7 +968,8 @@ class Learner:
         assert losses.keys() == weights.keys(), (losses.keys(), weights.keys())
         means = {name: loss.mean() for name, loss in losses.items()}
         self.optimiser.zero_grad()
-        sum(weights[name] * mean for name, mean in means.items()).backward()
+        # a loss without weight is left out: Adam's moments must not take in its zero gradients
+        sum(weights[name] * mean for name, mean in means.items() if weights[name]).backward()
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip)
         means = dict(zip(means, torch.stack([m.detach().float() for m in means.values()]).tolist()))
@@ -1363,11 +1365,12 @@ def update_world_model(model, learner, replay) -> dict:
     batch = replay.batch(replay.draw_sequences())
     model.train()
     losses, z, kl = model.loss(batch)
-    # NOTE(9): full KL losses can turn a fresh posterior constant before it has learnt to see
-    last, update = model.cfg.kl_warmup - 1, learner.schedule.last_epoch
-    grown = min(1.0, update / last) if last > 0 else 1.0
-    kls = {name: grown * model.weights[name] for name in ("dynamics", "representation")}
-    metrics = learner.step(losses, model.weights | kls)
+    # NOTE(9): the other losses can turn a fresh posterior constant before it has learnt to see
+    past, see_first = learner.schedule.last_epoch - model.cfg.see_first, model.cfg.see_first
+    grown = min(1.0, max(0.0, past / (2 * see_first))) if see_first else 1.0
+    weights = {name: weight if name == "reconstruction" else grown * weight
+               for name, weight in model.weights.items()}
+    metrics = learner.step(losses, weights)
     replay.latent[batch.rows] = z.argmax(-1).byte()
     return {**metrics, "kl": kl.mean().item(), "batch_reward": batch.reward.mean().item()}
 
@@ -1475,10 +1478,11 @@ def train(cfg: Config, run: Run) -> int:
             if at["step"] >= cfg.warmup and at["step"] % cfg.train_every == 0:
                 if cfg.mean_frame and not at["updates"]:
                     model.decoder.start_at(replay.mean_frame())
-                with autocast:
-                    # TRAIN WORLD MODEL
+                # TRAIN WORLD MODEL
+                with autocast:  # leaving it drops the weights' casts, which the update outdates
                     news = update_world_model(model, model_learner, replay)
-                    # IMAGINE, TRAIN ACTOR-CRITIC
+                # IMAGINE, TRAIN ACTOR-CRITIC
+                with autocast:
                     news |= update_actor_critic(cfg, model, agent, agent_learner, replay)
                 at["updates"] += 1
                 for name, value in {**news, "count": 1}.items():

@@ -485,6 +485,23 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
+def test_dreams_use_the_weights_just_updated(no_pictures, monkeypatch, tmp_path):
+    dream, fresh = drama.update_actor_critic, []
+
+    def checked(cfg, model, *rest):
+        """Autocast keeps its casts of the weights, also of those that an update has changed."""
+        d = torch.ones(1, cfg.d_model)
+        cast = model.prior(d)
+        torch.clear_autocast_cache()
+        fresh.append(torch.equal(cast, model.prior(d)))
+        return dream(cfg, model, *rest)
+
+    monkeypatch.setattr(drama, "update_actor_critic", checked)
+    flags = "--game GridWorld --steps 60 --precision bfloat16 --model_lr 0.1 --out".split()
+    assert drama.main([*RUN, *flags, str(tmp_path)]) == 0
+    assert len(fresh) == 3 and all(fresh)
+
+
 def test_rows_of_a_run_and_scores_of_its_evaluation(no_pictures, monkeypatch, tmp_path, capsys):
     envs, told, act = [], [], Player.act
     monkeypatch.setattr(drama, "make_env", lambda *x: envs.append(Counting(*x)) or envs[-1])
@@ -560,18 +577,24 @@ def test_updates_keep_and_use_latents(tmp_path, model, agent):
         assert torch.equal(action, rows % ACTIONS) and torch.equal(first, rows % 7 == 0)
 
 
-def test_kl_losses_grow_to_their_weights(tmp_path, model, agent):
+def test_sees_first_then_the_other_losses_grow(tmp_path, model, agent):
     replay, told = make_replay(tmp_path), []
-    model.cfg = small(kl_warmup=5)
+    model.cfg = small(see_first=2)
     learner, _ = drama.make_learners(model.cfg, model, agent)
     step = learner.step
     learner.step = lambda losses, weights: told.append(weights) or step(losses, weights)
-    for _ in range(7):
+    seeing = {*model.encoder.parameters(), *model.posterior.parameters(),
+              *model.decoder.parameters()}
+    for update in range(8):
         drama.update_world_model(model, learner, replay)
-    assert [w["dynamics"] for w in told] == [0, 0.25, 0.5, 0.75, 1, 1, 1]
-    close([w["representation"] for w in told], [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
-    assert all(w[name] == 1 for w in told for name in ("reconstruction", "reward", "termination"))
-    model.cfg = small(kl_warmup=0)
+        if update == 1:  # what only the other losses train has no moments yet
+            assert learner.optimiser.state.keys() == seeing
+    assert learner.optimiser.state.keys() == {*model.parameters()}
+    assert [w["dynamics"] for w in told] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
+    close([w["representation"] for w in told], [0, 0, 0, 0.025, 0.05, 0.075, 0.1, 0.1])
+    assert [w["reward"] for w in told] == [w["dynamics"] for w in told]
+    assert all(w["reconstruction"] == 1 for w in told)
+    model.cfg = small(see_first=0)
     drama.update_world_model(model, learner, replay)
     assert told[-1] == model.weights
 

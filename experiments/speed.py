@@ -45,7 +45,7 @@ def main() -> None:
     own, rest = own.parse_known_args()
     drama.keep_freed_pages()
     cfg, _ = drama.parse(rest)
-    cfg = dataclasses.replace(cfg, steps=own.rows + 1, out=tempfile.mkdtemp())
+    cfg = dataclasses.replace(cfg, steps=own.rows + 1, out=tempfile.mkdtemp(), see_first=0)
     device = drama.choose_device(cfg)
     model = drama.WorldModel(cfg, ACTIONS).to(device, memory_format=torch.channels_last)
     agent = drama.ActorCritic(cfg, ACTIONS).to(device)
@@ -75,14 +75,13 @@ def main() -> None:
         "world model": lambda: drama.update_world_model(model, learners[0], replay),
         "dreams, actor-critic": lambda: drama.update_actor_critic(cfg, model, agent, learners[1],
                                                                   replay)}
-    with autocast:
-        work = {}
-        for name, call in stages.items():
-            with FlopCounterMode(display=False) as counter:
-                call()
-            work[name] = counter.get_total_flops() / 1e9
-        scan = drama.compile_parts(cfg, model, agent, device)
-        seconds = {name: median_seconds(call, device) for name, call in stages.items()}
+    work = {}
+    for name, call in stages.items():
+        with FlopCounterMode(display=False) as counter, autocast:
+            call()
+        work[name] = counter.get_total_flops() / 1e9
+    scan = drama.compile_parts(cfg, model, agent, device)
+    seconds = {name: median_seconds(autocast(call), device) for name, call in stages.items()}
     x = torch.randn(2048, 2048, device=device)
     rate = 2 * 2048**3 / 1e9 / median_seconds(lambda: x @ x, device)
     print(f"preset {cfg.preset}, {device}, {torch.get_num_threads()} threads, {precision}, scan "
