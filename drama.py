@@ -425,9 +425,9 @@ class Replay:
     def add(self, frame, action, reward, terminated, first, latent) -> None:
         """Append one row: frame (H, W, 3) uint8, four numbers, latent (K,) classes."""
         i = self.size
-        self.frame[i], self.action[i], self.reward[i] = frame, int(action), float(reward)
-        self.near[i] = torch.from_numpy(self.frame[i])
-        self.terminated[i], self.first[i], self.latent[i] = bool(terminated), bool(first), latent
+        self.frame[i], self.near[i] = frame, torch.from_numpy(frame)
+        self.action[i], self.reward[i], self.latent[i] = int(action), float(reward), latent
+        self.terminated[i], self.first[i] = bool(terminated), bool(first)
         self.size += 1
 
     def _draw(self, k: int, length: int, logits) -> Tensor:
@@ -1075,11 +1075,11 @@ class Table:
 
 
 class Run:
-    """The run folder: lock, config.json, frames, two checkpoints, tables and pictures."""
+    """The run folder: lock, frames, two checkpoints, tables, pictures, and config.json to read."""
 
     def __init__(self, cfg: Config):
         self.dir = Path(cfg.out or f"runs/{cfg.game}-{cfg.seed}")
-        self.config, self.frames = self.dir / "config.json", self.dir / "frames.bin"
+        self.frames = self.dir / "frames.bin"
         self.newest, self.older = self.dir / "checkpoint.pt", self.dir / "checkpoint.prev.pt"
         self.whole = self.newest  # a newest checkpoint that is broken must not replace the older
 
@@ -1099,49 +1099,18 @@ class Run:
             raise Refusal(f"{self.dir} is in use by another process; use another --out") from None
         return handle
 
-    def read_config(self) -> Config:
-        """The settings in config.json; Refusal where it is not what a run has written."""
-        try:
-            stored = json.loads(self.config.read_text())
-            types = {f.name: f.type for f in dataclasses.fields(Config)}
-            wrong = sorted(k for k in {*stored, *types} if type(stored.get(k)) is not types.get(k))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise Refusal(f"{self.config}: {error}; mend it or use another --out") from None
-        if wrong:
-            raise Refusal(f"{self.config}: wrong, missing or unknown: {', '.join(wrong)}; mend it "
-                          "or use another --out")
-        return Config(**stored)
-
-    def agree(self, cfg: Config, names) -> None:
-        """Refuse values of the fields `names` that differ from those the run was started with."""
-        stored = self.read_config()
-        differ = [f"{k} (was {getattr(stored, k)}, now {getattr(cfg, k)})" for k in names
-                  if k not in ANYTIME and getattr(stored, k) != getattr(cfg, k)]
-        if differ:
-            raise Refusal(f"{self.dir} holds a run with other settings: {', '.join(differ)}; use "
-                          "another --out or --seed, or the old values")
-
-    def begin(self, cfg: Config) -> None:
-        """Write config.json, or compare with it."""
-        if self.config.exists():
-            self.agree(cfg, dataclasses.asdict(cfg))
-        elif self.newest.exists() or self.older.exists():
-            raise Refusal(f"{self.config} is missing beside a checkpoint; use another --out")
-        self._write(self.config, json.dumps(dataclasses.asdict(cfg), indent=1).encode())
-
     def allocate(self, cfg: Config, rows: int, weights: int) -> None:
         """Make room for the frames of all steps; Refusal where the disk is too full.
 
         rows: those that the checkpoint counts on; weights: numbers in the networks.
         """
-        frame = cfg.image_size**2 * 3
+        frame, free = cfg.image_size**2 * 3, shutil.disk_usage(self.dir).free
         have = self.frames.stat().st_size if self.frames.exists() else 0
-        all_frames = max(have, cfg.steps * frame)
         if have < rows * frame:
             raise Refusal(f"{self.frames} is too short for the checkpoint's {rows:,} steps; use "
                           "another --out")
+        all_frames = max(have, cfg.steps * frame)
         need = all_frames - have + 3 * 3 * 4 * weights  # three files of weights and two moments
-        free = shutil.disk_usage(self.dir).free
         if need > free:
             raise Refusal(f"{self.dir}: {cfg.steps:,} steps need {need / 1e9:.2f} GB of disk and "
                           f"{free / 1e9:.2f} GB are free; make room, or lower --steps")
@@ -1150,27 +1119,27 @@ class Run:
             if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
                 os.posix_fallocate(file.fileno(), 0, all_frames)
 
-    def _write(self, path: Path, data) -> None:
+    def write(self, name: str, data) -> None:
         """Write, flush to the disk, rename: at any moment the old file or the new one is whole."""
-        with open(path.with_suffix(".tmp"), "wb") as file:
+        with open(self.dir / "tmp", "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(path.with_suffix(".tmp"), path)
+        os.replace(self.dir / "tmp", self.dir / name)
 
     def save(self, checkpoint: dict) -> None:
         """Write checkpoint.pt; the one before it becomes checkpoint.prev.pt."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        fresh = self.dir / "checkpoint.new"
-        self._write(fresh, buffer.getbuffer())
+        self.write("checkpoint.new", buffer.getbuffer())
         if self.newest.exists() and self.whole == self.newest:
             os.replace(self.newest, self.older)
-        os.replace(fresh, self.newest)
+        os.replace(self.dir / "checkpoint.new", self.newest)
         self.whole = self.newest
 
-    def load(self, cfg: Config, device: torch.device) -> dict | None:
-        """The newest checkpoint that can be read, None where there is none."""
+    def load(self, cfg: Config, names, device: torch.device) -> dict | None:
+        """The newest checkpoint that can be read, None where there is none; Refusal where its
+        settings `names` are not those of cfg."""
         found = [path for path in (self.newest, self.older) if path.exists()]
         for path in found:
             try:  # weights_only: a file from a stranger must not run code
@@ -1182,10 +1151,12 @@ class Run:
                 print(f"{path} is broken ({type(error).__name__})", file=sys.stderr)
                 continue
             ours = dataclasses.asdict(cfg)
-            differ = [k for k in {*ours} - ANYTIME - {"act_context"} if theirs.get(k) != ours[k]]
+            names = {*names, *(theirs.keys() ^ ours.keys())} - ANYTIME
+            differ = [f"{k} (was {theirs.get(k)}, now {ours.get(k)})" for k in sorted(names)
+                      if theirs.get(k) != ours.get(k)]
             if differ:
-                raise Refusal(f"{path} is of another run: another {', '.join(sorted(differ))}; put "
-                              "the right one back")
+                raise Refusal(f"{path} has other settings: {', '.join(differ[:4])}; use another "
+                              "--out or --seed, or the old values")
             self.whole = path
             return saved
         if found:
@@ -1396,13 +1367,14 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
 def train(cfg: Config, run: Run) -> int:
     """Train up to cfg.steps, on from the checkpoint if there is one -> exit code."""
     device = choose_device(cfg)
-    saved = run.load(cfg, device)
+    saved = run.load(cfg, dataclasses.asdict(cfg), device)
     at = saved["at"] if saved else dict(
         step=0, updates=0, seconds=0.0, episode=0, first=True, total=0.0, length=0, last=0.0,
         precision=None, tables=(0, 0), sums={})
     if at["step"] >= cfg.steps:
         print(f"{run.dir} is finished at step {at['step']:,}; to go on, give a larger --steps")
         return 0
+    run.write("config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
     torch.manual_seed(cfg.seed)
     env = make_env(cfg.game, 1, cfg.image_size)
     frame = env.reset(seed=cfg.seed + at["step"])[0]
@@ -1542,12 +1514,14 @@ def introduce(cfg, run, model, agent, machine, step) -> None:
 
 
 @torch.no_grad()
-def evaluate(cfg: Config, run: Run) -> int:
+def evaluate(cfg: Config, given: set[str], run: Run) -> int:
     """Play cfg.eval full episodes from the checkpoint and print the scores -> exit code."""
     device = choose_device(cfg)
-    saved = run.load(cfg, device)
+    anytime = given & (ANYTIME | {"act_context"})
+    saved = run.load(cfg, given - anytime, device)
     if saved is None:
         raise Refusal(f"no checkpoint in {run.dir}; train first, without --eval")
+    cfg = Config(**saved["config"] | {name: getattr(cfg, name) for name in anytime})
     torch.manual_seed(cfg.seed)
     n = min(cfg.eval, cfg.eval_envs)
     env = make_env(cfg.game, n, cfg.image_size)
@@ -1629,11 +1603,8 @@ def main(argv: list[str] | None = None) -> int:
         validate(cfg)
         run = Run(cfg)
         if cfg.eval:
-            run.agree(cfg, given - {"act_context"})
-            flags = {name: getattr(cfg, name) for name in given & (ANYTIME | {"act_context"})}
-            return evaluate(dataclasses.replace(run.read_config(), **flags), run)
+            return evaluate(cfg, given, run)
         with run.lock():
-            run.begin(cfg)
             return train(cfg, run)
     except Refusal as error:
         message, code = str(error), error.code

@@ -10,7 +10,6 @@ Reads a run folder's checkpoint and frames (it may be in use) and looks at the l
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -30,11 +29,10 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cpu")
     run = drama.Run(drama.Config(out=args.run))
-    cfg = dataclasses.replace(run.read_config(), out=args.run)
-    run = drama.Run(cfg)
-    saved = run.load(cfg, device)
+    saved = run.load(drama.Config(), (), device)
     if saved is None:
         sys.exit(f"no checkpoint in {args.run}")
+    cfg = drama.Config(**saved["config"])
     num_actions = saved["agent"]["actor." + max(
         k.split(".")[1] for k in saved["agent"] if k.startswith("actor.")) + ".bias"].numel()
     model, agent = drama.WorldModel(cfg, num_actions), drama.ActorCritic(cfg, num_actions)
