@@ -3,9 +3,9 @@
     python experiments/speed.py --preset paper [--rows 100000] [any flag of drama.py]
 
 Prints the median of five of: acting, drawing a batch and the dreams' contexts from a replay of
---rows frames (3,000), a world model update, dreams with an actor-critic update; GFLOP of each as
-torch counts them, and the share of this machine's own float32 matmul rate that the stage reaches.
-Run it on a quiet machine.
+--rows frames (3,000), a world model update (all losses on: --see_first is past), dreams with an
+actor-critic update, the pictures; GFLOP of each as torch counts them, and the share of this
+machine's own float32 matmul rate that the stage reaches. Run it on a quiet machine.
 """
 
 import argparse
@@ -38,6 +38,50 @@ def median_seconds(call, device) -> float:
     return statistics.median(seconds[1:])
 
 
+def filled_replay(cfg, run, rows: int, device) -> drama.Replay:
+    """A replay of random frames."""
+    run.allocate(cfg, 0, 0)
+    replay, rng = drama.Replay(run.frames, cfg, device), np.random.default_rng(0)
+    for i in range(rows):
+        frame = rng.integers(0, 255, replay.frame.shape[1:], dtype=np.uint8)
+        replay.add(frame, i % ACTIONS, 0, 0, i % 500 == 0, torch.zeros(cfg.categoricals))
+    return replay
+
+
+def make_stages(cfg, run, model, agent, rows: int, device) -> dict:
+    """A call for each stage, as `train` makes it."""
+    learners = drama.make_learners(cfg, model, agent)
+    replay = filled_replay(cfg, run, rows, device)
+    player = drama.Player(cfg, model, agent, 1, device)
+    seen = torch.from_numpy(replay.frame[-2])[None].to(device)
+    first = torch.zeros(1, dtype=torch.bool, device=device)
+    drama.Table(run.dir / "episodes.csv", 0).row({"step": 0, "return": 0})
+    metrics, news = drama.Table(run.dir / "metrics.csv", 0), {}
+    news |= drama.update_world_model(model, learners[0], replay)
+    news |= drama.update_actor_critic(cfg, model, agent, learners[1], replay)
+    for step in range(0, 100_000, cfg.log_every):  # as many as in Atari 100k
+        metrics.row(dict(step=step, **news))
+
+    def act():
+        """One action."""
+        model.eval()
+        player.act(seen, first)
+
+    def draw():
+        """Both pictures."""
+        drama.draw_curves(run, cfg.game)
+        drama.draw_dreams(run, cfg, model, replay)
+
+    return {
+        "act": act,
+        "draw a batch": lambda: replay.batch(replay.draw_sequences()),
+        "draw contexts": lambda: replay.batch(replay.draw_contexts()),
+        "world model": lambda: drama.update_world_model(model, learners[0], replay),
+        "dreams, actor-critic": lambda: drama.update_actor_critic(cfg, model, agent, learners[1],
+                                                                  replay),
+        "pictures": draw}
+
+
 def main() -> None:
     """Build the parts as `train` does and time them."""
     own = argparse.ArgumentParser(add_help=False)
@@ -49,32 +93,9 @@ def main() -> None:
     device = drama.choose_device(cfg)
     model = drama.WorldModel(cfg, ACTIONS).to(device, memory_format=torch.channels_last)
     agent = drama.ActorCritic(cfg, ACTIONS).to(device)
-    learners = drama.make_learners(cfg, model, agent)
-    run = drama.Run(cfg)
-    run.allocate(cfg, 0, 0)
-    replay = drama.Replay(run.frames, cfg, device)
-    rng = np.random.default_rng(0)
-    for i in range(own.rows):
-        frame = rng.integers(0, 255, replay.frame.shape[1:], dtype=np.uint8)
-        replay.add(frame, i % ACTIONS, 0, 0, i % 500 == 0, torch.zeros(cfg.categoricals))
-    player = drama.Player(cfg, model, agent, 1, device)
-    seen = torch.from_numpy(frame)[None].to(device)
-    first = torch.zeros(1, dtype=torch.bool, device=device)
+    stages = make_stages(cfg, drama.Run(cfg), model, agent, own.rows, device)
     precision = drama.choose_precision(cfg, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-    def act():
-        """One action, as `train` takes it."""
-        model.eval()
-        player.act(seen, first)
-
-    stages = {
-        "act": act,
-        "draw a batch": lambda: replay.batch(replay.draw_sequences()),
-        "draw contexts": lambda: replay.batch(replay.draw_contexts()),
-        "world model": lambda: drama.update_world_model(model, learners[0], replay),
-        "dreams, actor-critic": lambda: drama.update_actor_critic(cfg, model, agent, learners[1],
-                                                                  replay)}
     work = {}
     for name, call in stages.items():
         with FlopCounterMode(display=False) as counter, autocast:
@@ -92,7 +113,8 @@ def main() -> None:
         print(f"{name:<22}{seconds[name]:>9.4f}{work[name]:>9.1f}{share:>15.0%}")
     update = seconds["world model"] + seconds["dreams, actor-critic"]
     step = seconds["act"] + update / cfg.train_every
-    print(f"an environment step with its share of an update: {step:.3f} s")
+    print(f"an environment step with its share of an update: {step:.3f} s, {1 / step:.1f} a second; "
+          f"pictures, each {cfg.draw_every:g} s: {seconds['pictures'] / cfg.draw_every:.1%} more")
     try:
         import resource
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
