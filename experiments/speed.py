@@ -113,7 +113,7 @@ def main() -> None:
         print(f"{name:<22}{seconds[name]:>9.4f}{work[name]:>9.1f}{share:>15.0%}")
     update = seconds["world model"] + seconds["dreams, actor-critic"]
     step = seconds["act"] + update / cfg.train_every
-    print(f"an environment step with its share of an update: {step:.3f} s, {1 / step:.1f} a second; "
+    print(f"environment step and its share of an update: {step:.3f} s, {1 / step:.1f} a second; "
           f"pictures, each {cfg.draw_every:g} s: {seconds['pictures'] / cfg.draw_every:.1%} more")
     try:
         import resource
