@@ -31,7 +31,7 @@ def random_return(episodes: int = 500) -> float:
 def tell(name: str, steps, minutes, mean, k: int, marks, level) -> None:
     """A line for a run: mean[i] is that of the episodes i to i + k - 1, which ended at minutes."""
     ended, words = minutes[k - 1:], []
-    for mark in (*marks, ended[-1]):
+    for mark in (*(mark for mark in marks if mark < ended[-1]), ended[-1]):
         i = np.searchsorted(ended, mark, side="right") - 1
         if i >= 0:
             words.append(f"{mean[i]:.2f} at {mark:.1f} min (step {steps[k - 1:][i]:,.0f})")
