@@ -968,9 +968,11 @@ class Learner:
         assert losses.keys() == weights.keys(), (losses.keys(), weights.keys())
         means = {name: loss.mean() for name, loss in losses.items()}
         self.optimiser.zero_grad()
-        # a loss without weight is left out: Adam's moments must not take in its zero gradients
         sum(weights[name] * mean for name, mean in means.items() if weights[name]).backward()
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        if not all(weights.values()):  # what only a loss left out would train must wait for it:
+            for p in parameters:       # compiled code gives it a gradient of zero, for None
+                p.grad = p.grad if p.grad is not None and p.grad.any() else None
         means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip)
         means = dict(zip(means, torch.stack([m.detach().float() for m in means.values()]).tolist()))
         broken = [name for name, mean in means.items() if not np.isfinite(mean)]
@@ -1121,11 +1123,12 @@ class Run:
 
     def write(self, name: str, data) -> None:
         """Write, flush to the disk, rename: at any moment the old file or the new one is whole."""
-        with open(self.dir / "tmp", "wb") as file:
+        fresh = self.dir / f"{name}.tmp"
+        with open(fresh, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(self.dir / "tmp", self.dir / name)
+        os.replace(fresh, self.dir / name)
 
     def save(self, checkpoint: dict) -> None:
         """Write checkpoint.pt; the one before it becomes checkpoint.prev.pt."""
@@ -1152,11 +1155,12 @@ class Run:
                 continue
             ours = dataclasses.asdict(cfg)
             names = {*names, *(theirs.keys() ^ ours.keys())} - ANYTIME
-            differ = [f"{k} (was {theirs.get(k)}, now {ours.get(k)})" for k in sorted(names)
-                      if theirs.get(k) != ours.get(k)]
+            differ = [f"{k} (was {theirs.get(k)}, now {ours.get(k)})" for k in {**ours, **theirs}
+                      if k in names and theirs.get(k) != ours.get(k)]
             if differ:
-                raise Refusal(f"{path} has other settings: {', '.join(differ[:4])}; use another "
-                              "--out or --seed, or the old values")
+                more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
+                raise Refusal(f"{path} has other settings: {', '.join(differ[:4])}{more}; use "
+                              "another --out or --seed, or the old values")
             self.whole = path
             return saved
         if found:

@@ -577,8 +577,11 @@ def test_updates_keep_and_use_latents(tmp_path, model, agent):
         assert torch.equal(action, rows % ACTIONS) and torch.equal(first, rows % 7 == 0)
 
 
-def test_sees_first_then_the_other_losses_grow(tmp_path, model, agent):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sees_first_then_the_other_losses_grow(compiled, tmp_path, model, agent):
     replay, told = make_replay(tmp_path), []
+    if compiled:  # on CUDA it is; this backend needs no compiler
+        model.loss = torch.compile(model.loss, backend="aot_eager")
     model.cfg = small(see_first=2)
     learner, _ = drama.make_learners(model.cfg, model, agent)
     step = learner.step

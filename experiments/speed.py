@@ -102,7 +102,8 @@ def main() -> None:
             call()
         work[name] = counter.get_total_flops() / 1e9
     scan = drama.compile_parts(cfg, model, agent, device)
-    seconds = {name: median_seconds(autocast(call), device) for name, call in stages.items()}
+    seconds = {name: median_seconds(call if name == "pictures" else autocast(call), device)
+               for name, call in stages.items()}
     x = torch.randn(2048, 2048, device=device)
     rate = 2 * 2048**3 / 1e9 / median_seconds(lambda: x @ x, device)
     print(f"preset {cfg.preset}, {device}, {torch.get_num_threads()} threads, {precision}, scan "
