@@ -48,7 +48,7 @@ def filled_replay(cfg, run, rows: int, device) -> drama.Replay:
     return replay
 
 
-def make_stages(cfg, run, model, agent, rows: int, device) -> dict:
+def make_stages(cfg, run, model, agent, rows: int, device, autocast) -> dict:
     """A call for each stage, as `train` makes it."""
     learners = drama.make_learners(cfg, model, agent)
     replay = filled_replay(cfg, run, rows, device)
@@ -57,8 +57,9 @@ def make_stages(cfg, run, model, agent, rows: int, device) -> dict:
     first = torch.zeros(1, dtype=torch.bool, device=device)
     drama.Table(run.dir / "episodes.csv", 0).row({"step": 0, "return": 0})
     metrics, news = drama.Table(run.dir / "metrics.csv", 0), {}
-    news |= drama.update_world_model(model, learners[0], replay)
-    news |= drama.update_actor_critic(cfg, model, agent, learners[1], replay)
+    with autocast:
+        news |= drama.update_world_model(model, learners[0], replay)
+        news |= drama.update_actor_critic(cfg, model, agent, learners[1], replay)
     for step in range(0, 100_000, cfg.log_every):  # as many as in Atari 100k
         metrics.row(dict(step=step, **news))
 
@@ -93,9 +94,9 @@ def main() -> None:
     device = drama.choose_device(cfg)
     model = drama.WorldModel(cfg, ACTIONS).to(device, memory_format=torch.channels_last)
     agent = drama.ActorCritic(cfg, ACTIONS).to(device)
-    stages = make_stages(cfg, drama.Run(cfg), model, agent, own.rows, device)
     precision = drama.choose_precision(cfg, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    stages = make_stages(cfg, drama.Run(cfg), model, agent, own.rows, device, autocast)
     work = {}
     for name, call in stages.items():
         with FlopCounterMode(display=False) as counter, autocast:
