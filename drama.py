@@ -453,7 +453,7 @@ class Replay:
 
     def batch(self, rows: Tensor) -> Batch:
         """The windows at rows (b, l)."""
-        frame = self.near.index_select(0, rows.flatten())  # near[rows] is 6 times as slow on a CPU
+        frame = self.near.index_select(0, rows.flatten())  # near[rows] is slower on a CPU
         return Batch(rows, frame.unflatten(0, rows.shape), self.action[rows],
                      self.reward[rows], self.terminated[rows].float(), self.first[rows])
 
@@ -970,8 +970,10 @@ class Learner:
         self.optimiser.zero_grad()
         sum(weights[name] * mean for name, mean in means.items() if weights[name]).backward()
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-        if not all(weights.values()):  # what only a loss left out would train must wait for it:
-            for p in parameters:       # compiled code gives it a gradient of zero, for None
+        if not all(weights.values()):
+            # what only a loss left out would train must not move: Adam skips a gradient of None,
+            # but compiled code gives zeros
+            for p in parameters:
                 p.grad = p.grad if p.grad is not None and p.grad.any() else None
         means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip)
         means = dict(zip(means, torch.stack([m.detach().float() for m in means.values()]).tolist()))
@@ -1341,7 +1343,8 @@ def update_world_model(model, learner, replay) -> dict:
     model.train()
     losses, z, kl = model.loss(batch)
     # NOTE(9): the other losses can turn a fresh posterior constant before it has learnt to see
-    past, see_first = learner.schedule.last_epoch - model.cfg.see_first, model.cfg.see_first
+    see_first = model.cfg.see_first
+    past = learner.schedule.last_epoch - see_first
     grown = min(1.0, max(0.0, past / (2 * see_first))) if see_first else 1.0
     weights = {name: weight if name == "reconstruction" else grown * weight
                for name, weight in model.weights.items()}
