@@ -113,8 +113,8 @@ class Config:
     train_every: int = opt(1, "environment steps between updates", 1, 100_000)
     free_bits: float = opt(1.0, "KL below this is not trained on, in nats", 0.0, 1000.0)
     representation_scale: float = opt(0.1, "weight of KL[post || sg(prior)]", 0.0, 100.0)
-    see_first: int = opt(0, "updates on reconstruction alone; in twice as many the rest grows in",
-                         0, 10_000_000)
+    see_first: int = opt(0, "updates on reconstruction alone; in twice as many the rest grows in; "
+                         "then dreams begin", 0, 10_000_000)
     model_lr: float = opt(1e-4, "world model: learning rate", 1e-8, 1.0)
     model_clip: float = opt(1000.0, "world model: largest gradient norm", 1e-3, 1e9)
     weight_decay: float = opt(1e-4, "world model: weight decay of matrices and kernels", 0.0, 1.0)
@@ -1337,15 +1337,28 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+METRICS = (
+    "reconstruction reward termination dynamics representation gradient_norm kl batch_reward "
+    "policy entropy value slow_value actor_gradient_norm imagined_return imagined_reward "
+    "imagined_value imagined_end return_scale policy_entropy").split()
+
+
+def growth(cfg: Config, updates: int) -> float:
+    """What all losses but reconstruction are multiplied by in the update after so many, 0..1.
+
+    NOTE(9): in full at once, they can turn a fresh posterior constant before it has learnt to see.
+    """
+    if not cfg.see_first:
+        return 1.0
+    return min(1.0, max(0.0, (updates - cfg.see_first) / (2 * cfg.see_first)))
+
+
 def update_world_model(model, learner, replay) -> dict:
     """One update on sequences drawn by DFS -> metrics; the replay keeps their fresh latents."""
     batch = replay.batch(replay.draw_sequences())
     model.train()
     losses, z, kl = model.loss(batch)
-    # NOTE(9): the other losses can turn a fresh posterior constant before it has learnt to see
-    see_first = model.cfg.see_first
-    past = learner.schedule.last_epoch - see_first
-    grown = min(1.0, max(0.0, past / (2 * see_first))) if see_first else 1.0
+    grown = growth(model.cfg, learner.schedule.last_epoch)
     weights = {name: weight if name == "reconstruction" else grown * weight
                for name, weight in model.weights.items()}
     metrics = learner.step(losses, weights)
@@ -1461,16 +1474,18 @@ def train(cfg: Config, run: Run) -> int:
                 with autocast:  # leaving it drops the weights' casts, which the update outdates
                     news = update_world_model(model, model_learner, replay)
                 # IMAGINE, TRAIN ACTOR-CRITIC
-                with autocast:
-                    news |= update_actor_critic(cfg, model, agent, agent_learner, replay)
+                if growth(cfg, at["updates"]) == 1:
+                    with autocast:
+                        news |= update_actor_critic(cfg, model, agent, agent_learner, replay)
                 at["updates"] += 1
-                for name, value in {**news, "count": 1}.items():
-                    at["sums"][name] = at["sums"].get(name, 0) + value
+                for name, value in news.items():
+                    total, count = at["sums"].get(name, (0, 0))
+                    at["sums"][name] = total + value, count + 1
 
             # LOG
             if at["step"] % cfg.log_every == 0 and at["sums"]:
-                count = at["sums"].pop("count")
-                means = {name: value / count for name, value in at["sums"].items()}
+                means = dict.fromkeys(METRICS, float("nan"))
+                means |= {name: total / count for name, (total, count) in at["sums"].items()}
                 metrics.row(dict(step=at["step"], seconds=seconds, updates=at["updates"], **means))
                 at["sums"] = {}
                 bar.set_postfix_str(

@@ -502,6 +502,26 @@ def test_dreams_use_the_weights_just_updated(no_pictures, monkeypatch, tmp_path)
     assert len(fresh) == 3 and all(fresh)
 
 
+def test_dreams_wait_until_all_losses_are_in(no_pictures, monkeypatch, tmp_path):
+    dream, entropies = drama.update_actor_critic, []
+
+    def recorded(*args):
+        """Remember the entropies that the table should average."""
+        news = dream(*args)
+        entropies.append(news["policy_entropy"])
+        return news
+
+    monkeypatch.setattr(drama, "update_actor_critic", recorded)
+    argv = "--game GridWorld --see_first 1 --log_every 24 --steps 72 --out".split()
+    assert drama.main([*RUN, *argv, str(tmp_path)]) == 0
+    early, late = read_csv(tmp_path / "metrics.csv")
+    assert [*early] == ["step", "seconds", "updates", *drama.METRICS]
+    # updates at steps 40 and 48, then 56, 64 and 72; weights of 0, 0, 0.5, 1 and 1
+    assert early["updates"] == "2" and early["policy_entropy"] == "nan" != early["kl"]
+    assert len(entropies) == 2
+    assert float(late["policy_entropy"]) == pytest.approx(sum(entropies) / 2, rel=1e-5)
+
+
 def test_rows_of_a_run_and_scores_of_its_evaluation(no_pictures, monkeypatch, tmp_path, capsys):
     envs, told, act = [], [], Player.act
     monkeypatch.setattr(drama, "make_env", lambda *x: envs.append(Counting(*x)) or envs[-1])
