@@ -90,6 +90,7 @@ class Config:
     # frames and latents
     image_size: int = opt(64, "height and width of a frame", 8, 256)
     cnn_width: int = opt(16, "channels of the first convolution, times 1, 2, 3, 4, 4", 1, 512)
+    cnn_kernel: int = opt(5, "kernel of the convolutions, odd", 3, 9)
     first_stride: int = opt(1, "stride of the first convolution; the others have 2", 1, 4)
     categoricals: int = opt(32, "K: categoricals in a latent", 1, 256)
     classes: int = opt(32, "C: classes of a categorical", 2, 256)
@@ -125,6 +126,7 @@ class Config:
     dreams: int = opt(1024, "dreams in an update", 1, 65536)
     context: int = opt(8, "real frames that a dream starts from", 2, 1024)
     horizon: int = opt(16, "steps of a dream", 1, 1024)
+    decoded: float = opt(1.0, "share of a batch's frames that are decoded and compared", 0.01, 1.0)
     mean_frame: bool = opt(False, "the decoder starts at the mean of the random steps' frames")
     stored_latents: bool = opt(False, "contexts from latents kept at a frame's last encoding")
     actor_units: int = opt(256, "actor: hidden units", 1, 8192)
@@ -174,15 +176,15 @@ class Config:
         return self.dreams / self.batch_size
 
 
-CNN_MULTIPLES, CNN_MAP, CNN_KERNEL, CNN_PATCH = (1, 2, 3, 4, 4), 4, 5, 4
+CNN_MULTIPLES, CNN_MAP, CNN_PATCH = (1, 2, 3, 4, 4), 4, 4
 ANYTIME = {"steps", "device", "out", "eval", "eval_envs", "compile", "save_every", "draw_every"}
 PRESETS = {
     "paper": {},
     "laptop": dict(
-        first_stride=4, categoricals=16, classes=16, d_model=256, head_units=128, batch_size=8,
-        batch_length=32, train_every=4, see_first=500, mean_frame=True, dreams=64, horizon=15,
-        stored_latents=True, critic_units=256, hidden_layers=2, model_lr=2e-3, actor_lr=1e-4,
-        entropy=3e-3, lr_warmup=100),
+        cnn_kernel=3, first_stride=4, categoricals=16, classes=16, d_model=256, head_units=128,
+        batch_size=8, batch_length=32, train_every=8, see_first=500, decoded=0.5, mean_frame=True,
+        dreams=64, horizon=10, stored_latents=True, critic_units=256, hidden_layers=2,
+        model_lr=2e-3, actor_lr=1e-4, entropy=3e-3, lr_warmup=100),
     "gridworld": dict(
         steps=10_000, first_stride=4, categoricals=16, classes=16, d_model=128, head_units=128,
         batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1, see_first=50,
@@ -563,7 +565,8 @@ class Encoder(nn.Sequential):
     def __init__(self, cfg: Config):
         layers, channels = [], 3
         for width, stride in cfg.cnn:
-            kernel, padding = (stride, 0) if stride == CNN_PATCH else (CNN_KERNEL, CNN_KERNEL // 2)
+            kernel = cfg.cnn_kernel
+            kernel, padding = (stride, 0) if stride == CNN_PATCH else (kernel, kernel // 2)
             layers += [nn.Conv2d(channels, width, kernel, stride, padding), nn.BatchNorm2d(width),
                        nn.SiLU()]
             channels = width
@@ -582,8 +585,8 @@ class Decoder(nn.Sequential):
             if stride == CNN_PATCH:
                 layers += [nn.Conv2d(channels, width * stride**2, 1), nn.PixelShuffle(stride)]
             else:
-                layers += [nn.ConvTranspose2d(channels, width, CNN_KERNEL, stride, CNN_KERNEL // 2,
-                                              output_padding=stride - 1)]
+                layers += [nn.ConvTranspose2d(channels, width, cfg.cnn_kernel, stride,
+                                              cfg.cnn_kernel // 2, output_padding=stride - 1)]
             channels = width
         super().__init__(*layers)
         self.register_buffer("mean", torch.zeros(3, cfg.image_size, cfg.image_size))
@@ -653,8 +656,8 @@ def ssd_step(x, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
     """One token of `ssd_scan`: x (b,h,p), dt (b,h), B and C (b,n) -> y (b,h,p) and a NEW state."""
     with torch.autocast(x.device.type, enabled=False):
         x, dt, A, B, C = (t.float() if t.itemsize < 4 else t for t in (x, dt, A, B, C))
-        kept = (dt * A).exp()[..., None, None] * state.mT  # (b,h,n,p): faster with p last
-        kept = torch.addcmul(kept, B[:, None, :, None], (dt[..., None] * x)[:, :, None])
+        new = B[:, None, :, None] * (dt[..., None] * x)[:, :, None]  # (b,h,n,p): faster, p last
+        kept = new.addcmul_((dt * A).exp()[..., None, None], state.mT)
         return (C[:, None, None] @ kept).squeeze(-2), kept.mT
 
 
@@ -711,7 +714,7 @@ class Mamba2(nn.Module):
         conv = self.conv1d.bias
         for k in range(self.d_conv):
             own = (segment[:, k:k + l] == segment[:, self.d_conv - 1:])[..., None]
-            conv = conv + taps[:, k:k + l] * own * self.conv1d.weight[:, 0, k]
+            conv = torch.addcmul(conv, taps[:, k:k + l], own * self.conv1d.weight[:, 0, k])
         x, dt, A, B, C = self._inputs(conv, dt)
         y, memory = ssd_scan(x, dt, A, B, C, self.chunk_size, memory, first)
         window = taps[:, l:] * (segment[:, l:] == segment[:, -1:])[..., None]
@@ -838,7 +841,12 @@ class WorldModel(nn.Module):
         log_post = self.encode(batch.frame)
         z = straight_through(log_post)  # (b, l, K, C)
         d, _ = self.sequence(z.flatten(-2), batch.action, first=batch.first)
-        frame_hat = self.decode(z.flatten(-2)).flatten(0, 1)
+        # NOTE(10): a random part of the frames is decoded, and counts for all of them
+        count = max(1, round(b * l * self.cfg.decoded))
+        drawn = torch.rand(b * l, device=z.device).topk(count).indices
+        frame_hat = self.decode(z.flatten(-2).flatten(0, 1)[drawn])
+        error = (frame_hat - pixels(batch.frame.flatten(0, 1)[drawn])).square().sum((1, 2, 3))
+        error = error.new_zeros(b * l).index_copy(0, drawn, error) * (b * l / count)
         # the prior of z_t comes from d_{t-1}; where o_t opens an episode it knows nothing of it
         log_prior, log_later = self.log_prior(d[:, :-1]), log_post[:, 1:]
         known = ~batch.first[:, 1:]
@@ -852,7 +860,7 @@ class WorldModel(nn.Module):
         kl, dynamics = divergence(log_later.detach(), log_prior)
         _, representation = divergence(log_later, log_prior.detach())
         losses = dict(
-            reconstruction=(frame_hat - pixels(batch.frame)).square().sum((1, 2, 3)).view(b, l),
+            reconstruction=error.view(b, l),
             reward=self.two_hot.loss(self.reward(d), batch.reward),
             termination=F.binary_cross_entropy_with_logits(
                 self.termination(d).squeeze(-1).float(), batch.terminated, reduction="none"),
