@@ -90,7 +90,7 @@ class Config:
     # frames and latents
     image_size: int = opt(64, "height and width of a frame", 8, 256)
     cnn_width: int = opt(16, "channels of the first convolution, times 1, 2, 3, 4, 4", 1, 512)
-    cnn_kernel: int = opt(5, "kernel of the convolutions, odd", 3, 9)
+    cnn_kernel: int = opt(5, "taps of a convolution each way", choices=(3, 5, 7))
     first_stride: int = opt(1, "stride of the first convolution; the others have 2", 1, 4)
     categoricals: int = opt(32, "K: categoricals in a latent", 1, 256)
     classes: int = opt(32, "C: classes of a categorical", 2, 256)
@@ -205,7 +205,7 @@ def validate(cfg: Config) -> None:
     for f in dataclasses.fields(cfg):
         value, m = getattr(cfg, f.name), f.metadata
         if m["choices"] and value not in m["choices"]:
-            raise Refusal(f"--{f.name} {value}: choose from {', '.join(m['choices'])}")
+            raise Refusal(f"--{f.name} {value}: choose from {', '.join(map(str, m['choices']))}")
         if m["low"] is not None and not m["low"] <= value <= m["high"]:
             raise Refusal(f"--{f.name} {value}: must lie from {m['low']} to {m['high']}")
     size = cfg.image_size // cfg.first_stride // 2 ** (len(cfg.cnn) - 1)

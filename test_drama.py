@@ -641,9 +641,11 @@ def test_parameter_counts_of_the_paper():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stride", [1, 2, 4])
-def test_decoder_starts_at_the_mean_frame(stride, tmp_path):
-    model = scrambled(WorldModel(small(first_stride=stride, cnn_width=5), ACTIONS))
+@pytest.mark.parametrize("stride, kernel", [(1, 5), (2, 3), (2, 7), (4, 3)])
+def test_decoder_starts_at_the_mean_frame(stride, kernel, tmp_path):
+    cfg = small(first_stride=stride, cnn_kernel=kernel, cnn_width=5)
+    model = scrambled(WorldModel(cfg, ACTIONS))
+    assert model.encoder[-4].kernel_size == ((4, 4) if stride == 4 else (kernel, kernel))
     assert model.encode(torch.zeros(2, 16, 16, 3)).shape == (2, K, C)
     replay = make_replay(tmp_path)
     replay.frame[:, 3:5] = 255  # a wall
@@ -1453,7 +1455,8 @@ def test_not_a_number_stops_the_run(owner, name, run, capsys, monkeypatch):
 def test_every_flag_works_or_is_refused(f, capsys):
     wrong, accepted = {"word", "", "-1", "1e400", "nan", "9" * 30}, 0
     wrong = {str: set(), bool: wrong | {"0"}, float: wrong, int: wrong | {"1.5", "1e3"}}[f.type]
-    for value in {*wrong, "0", "-0.5", "1", "2", "true", *map(str, f.metadata.values())}:
+    allowed = *f.metadata.values(), *(f.metadata["choices"] or ())
+    for value in {*wrong, "0", "-0.5", "1", "2", "true", *map(str, allowed)}:
         try:
             cfg, _ = drama.parse([*TINY, f"--{f.name}={value}"])
             drama.validate(cfg)
