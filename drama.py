@@ -184,7 +184,7 @@ PRESETS = {
         cnn_kernel=3, first_stride=4, categoricals=16, classes=16, d_model=256, head_units=128,
         batch_size=8, batch_length=32, train_every=8, see_first=500, decoded=0.5, mean_frame=True,
         dreams=64, horizon=10, stored_latents=True, critic_units=256, hidden_layers=2,
-        model_lr=2e-3, actor_lr=1e-4, entropy=3e-3, lr_warmup=100),
+        model_lr=2e-3, actor_lr=2e-4, entropy=3e-3, lr_warmup=100),
     "gridworld": dict(
         steps=10_000, first_stride=4, categoricals=16, classes=16, d_model=128, head_units=128,
         batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1, see_first=50,
