@@ -79,7 +79,7 @@ def main() -> None:
             axis.annotate(f"{name} {level:.1f}", (0.99, level), xycoords=("axes fraction", "data"),
                           ha="right", va="bottom", fontsize="small")
         axis.set(xlabel=label, title=f"{args.game}: return of an episode, mean of {args.mean}")
-    axes[0].legend(fontsize="small", loc="center right")
+    axes[0].legend(fontsize="small", loc="best")
     figure.savefig(args.out, dpi=90)
     print(args.out)
 
