@@ -112,6 +112,7 @@ class Config:
     batch_length: int = opt(128, "frames in a sequence", 2, 65536)
     warmup: int = opt(1032, "random steps before learning starts", 1, 10_000_000)
     train_every: int = opt(1, "environment steps between updates", 1, 100_000)
+    decoded: float = opt(1.0, "share of a batch's frames that are decoded and compared", 0.01, 1.0)
     free_bits: float = opt(1.0, "KL below this is not trained on, in nats", 0.0, 1000.0)
     representation_scale: float = opt(0.1, "weight of KL[post || sg(prior)]", 0.0, 100.0)
     see_first: int = opt(0, "updates on reconstruction alone; in twice as many the rest grows in; "
@@ -126,7 +127,6 @@ class Config:
     dreams: int = opt(1024, "dreams in an update", 1, 65536)
     context: int = opt(8, "real frames that a dream starts from", 2, 1024)
     horizon: int = opt(16, "steps of a dream", 1, 1024)
-    decoded: float = opt(1.0, "share of a batch's frames that are decoded and compared", 0.01, 1.0)
     mean_frame: bool = opt(False, "the decoder starts at the mean of the random steps' frames")
     stored_latents: bool = opt(False, "contexts from latents kept at a frame's last encoding")
     actor_units: int = opt(256, "actor: hidden units", 1, 8192)
@@ -565,8 +565,8 @@ class Encoder(nn.Sequential):
     def __init__(self, cfg: Config):
         layers, channels = [], 3
         for width, stride in cfg.cnn:
-            kernel = cfg.cnn_kernel
-            kernel, padding = (stride, 0) if stride == CNN_PATCH else (kernel, kernel // 2)
+            kernel = stride if stride == CNN_PATCH else cfg.cnn_kernel
+            padding = 0 if stride == CNN_PATCH else kernel // 2
             layers += [nn.Conv2d(channels, width, kernel, stride, padding), nn.BatchNorm2d(width),
                        nn.SiLU()]
             channels = width
@@ -841,7 +841,7 @@ class WorldModel(nn.Module):
         log_post = self.encode(batch.frame)
         z = straight_through(log_post)  # (b, l, K, C)
         d, _ = self.sequence(z.flatten(-2), batch.action, first=batch.first)
-        # NOTE(10): a random part of the frames is decoded, and counts for all of them
+        # NOTE(10): a random part of the frames is decoded, and scaled up; the others' error is 0
         count = max(1, round(b * l * self.cfg.decoded))
         drawn = torch.rand(b * l, device=z.device).topk(count).indices
         frame_hat = self.decode(z.flatten(-2).flatten(0, 1)[drawn])
