@@ -43,7 +43,6 @@ import sys
 import time
 import warnings
 import zipfile
-from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -169,11 +168,6 @@ class Config:
     def d_feature(self) -> int:
         """Width of [z_t, d_{t-1}], which actor and critic read."""
         return self.d_z + self.d_model
-
-    @property
-    def dreams_per_sequence(self) -> float:
-        """s of the DFS formula: dreams an update over sequences an update."""
-        return self.dreams / self.batch_size
 
 
 CNN_MULTIPLES, CNN_MAP, CNN_PATCH = (1, 2, 3, 4, 4), 4, 4
@@ -343,21 +337,12 @@ class GridWorld(VectorEnv):
 
     @classmethod
     def best_return(cls) -> float:
-        """Expected return of a perfect player: breadth-first search, then steps left."""
+        """Expected return of a perfect player: paths of |dy| + |dx| steps, then the steps left."""
         cells = [(y, x) for y in range(cls.SIDE) for x in range(cls.SIDE)]
-        distances = []
-        for goal in cells:
-            distance, queue = {goal: 0}, deque([goal])
-            while queue:
-                y, x = queue.popleft()
-                for near in ((y + dy, x + dx) for dy, dx in cls.MOVES):
-                    if near in cells and near not in distance:
-                        distance[near] = distance[y, x] + 1
-                        queue.append(near)
-            distances += [steps for cell, steps in distance.items() if cell != goal]
+        paths = [abs(y - v) + abs(x - u) for y, x in cells for v, u in cells if (y, x) != (v, u)]
         best = [0.0]  # best[t]: a fresh placement with t steps left
         for t in range(1, cls.STEPS + 1):
-            best.append(sum(1 + best[t - s] for s in distances if s <= t) / len(distances))
+            best.append(sum(1 + best[t - s] for s in paths if s <= t) / len(paths))
         return best[-1]
 
 
@@ -432,24 +417,24 @@ class Replay:
         self.terminated[i], self.first[i] = bool(terminated), bool(first)
         self.size += 1
 
-    def _draw(self, k: int, length: int, logits) -> Tensor:
+    def _draw(self, k: int, length: int, logits: Tensor) -> Tensor:
         n = self.size - length + 1
-        noisy = gumbel(self.v[:n]) + (logits(slice(0, n)) if self.cfg.sampler == "dfs" else 0)
+        noisy = gumbel(self.v[:n]) + (logits[:n] if self.cfg.sampler == "dfs" else 0)
         starts = noisy.topk(min(k, n)).indices
         return starts[:, None] + torch.arange(length, device=self.device)  # (k, length)
 
     def draw_sequences(self) -> Tensor:
         """Rows (b, l) for a world model update; no start twice; their starts' v grows by 1."""
         rows = self._draw(self.cfg.batch_size, self.cfg.batch_length,
-                          lambda i: dfs_sequence_logits(self.v[i], self.cfg.temperature))
+                          dfs_sequence_logits(self.v, self.cfg.temperature))
         self.v[rows[:, 0]] += 1
         return rows
 
     def draw_contexts(self) -> Tensor:
         """Rows (dreams, context) to dream from; no start twice; their starts' b grows by 1."""
-        s, temperature = self.cfg.dreams_per_sequence, self.cfg.temperature
+        s = self.cfg.dreams / self.cfg.batch_size
         rows = self._draw(self.cfg.dreams, self.cfg.context,
-                          lambda i: dfs_dream_logits(self.v[i], self.b[i], s, temperature))
+                          dfs_dream_logits(self.v, self.b, s, self.cfg.temperature))
         self.b[rows[:, 0]] += 1
         return rows
 
@@ -1030,7 +1015,7 @@ class Player:
                            d=torch.zeros(n, cfg.d_model, device=device),
                            states=model.sequence.initial_states(n))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, frame: Tensor, first: Tensor, at_random: bool = False) -> tuple[Tensor, Tensor]:
         """frame (n, H, W, 3) uint8, first (n,) bool -> action (n,), latent classes (n, K)."""
         m, num_actions = self.memory, self.model.sequence.num_actions
@@ -1540,7 +1525,7 @@ def introduce(cfg, run, model, agent, machine, step) -> None:
           f"run folder {run.dir}: " + (f"going on from step {step:,}" if step else "new")
           + f" to {cfg.steps:,}; learning starts at step {cfg.warmup:,}", flush=True)
     if cfg.game == "GridWorld":
-        print(f"best possible return, by breadth-first search: {GridWorld.best_return():.2f}")
+        print(f"best possible return: {GridWorld.best_return():.2f}")
 
 
 @torch.no_grad()
