@@ -36,15 +36,14 @@ import difflib
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import sys
 import time
+import timeit
 import warnings
 import zipfile
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,8 +51,8 @@ import ale_py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.spaces import Discrete
+from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -81,7 +80,7 @@ class Config:
     preset: str = opt("auto", "sizes and rates; auto: gridworld for it, paper on CUDA, else laptop",
                       choices=("auto", "paper", "laptop", "gridworld", "tiny"))
     steps: int = opt(100_000, "environment steps in all; an Atari step is 4 frames", 1, 100_000_000)
-    seed: int = opt(0, "seed of every random generator", 0, 2**31 - 1)
+    seed: int = opt(0, "seed of every random generator", 0, 2**30)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
     out: str = opt("", "run folder; empty: runs/<game>-<seed>")
     eval: int = opt(0, "play so many episodes from the checkpoint, do not train", 0, 100_000)
@@ -202,8 +201,7 @@ def validate(cfg: Config) -> None:
             raise Refusal(f"--{f.name} {value}: choose from {', '.join(map(str, m['choices']))}")
         if m["low"] is not None and not m["low"] <= value <= m["high"]:
             raise Refusal(f"--{f.name} {value}: must lie from {m['low']} to {m['high']}")
-    size = cfg.image_size // cfg.first_stride // 2 ** (len(cfg.cnn) - 1)
-    if size != CNN_MAP or cfg.image_size % (cfg.first_stride * 2 ** (len(cfg.cnn) - 1)):
+    if cfg.image_size != CNN_MAP * np.prod([stride for _, stride in cfg.cnn]):
         raise Refusal(f"--image_size {cfg.image_size} --first_stride {cfg.first_stride}: size over "
                       "stride must be 4, 8, 16, 32 or 64")
     if cfg.expand * cfg.d_model % cfg.headdim:
@@ -221,8 +219,7 @@ def validate(cfg: Config) -> None:
 
 # Atari 100k, mean scores as published in [6], [1] (DramaXS), [4] and [5].
 COLUMNS = ("random", "human", "Drama", "DreamerV3", "STORM")
-SCORES = {game: dict(zip(COLUMNS, map(float, scores))) for game, *scores in map(str.split, re.split(
-    r"[|\n]", """\
+SCORES = {game: dict(zip(COLUMNS, map(float, scores))) for game, *scores in map(str.split, """\
     Alien 227.8 7127.7 820 978.4 983.6            | Amidar 5.8 1719.5 131 94.3 204.8
     Assault 222.4 742 539 629.8 801               | Asterix 210 8503.3 1632 955.3 1028
     BankHeist 14.2 753.1 137 320.5 641.2          | BattleZone 2360 37187.5 10860 18335.7 13540
@@ -235,7 +232,8 @@ SCORES = {game: dict(zip(COLUMNS, map(float, scores))) for game, *scores in map(
     KungFuMaster 258.5 22736.3 23920 23301.7 26182| MsPacman 307.3 6951.6 2270 1525.8 2673.5
     Pong -20.7 14.6 15 -4.2 11.3                  | PrivateEye 24.9 69571.3 90 3086.7 7781
     Qbert 163.9 13455 796 2066.1 4522.5           | RoadRunner 11.5 7845 14020 18196.9 17564
-    Seaquest 68.4 42054.7 497 815.5 525.2         | UpNDown 533.4 11693.2 7387 43777.6 7985"""))}
+    Seaquest 68.4 42054.7 497 815.5 525.2         | UpNDown 533.4 11693.2 7387 43777.6 7985
+    """.strip().replace("|", "\n").splitlines())}
 
 
 def rom_name(game: str) -> str:
@@ -282,8 +280,6 @@ class GridWorld(VectorEnv):
 
     def __init__(self, num_envs: int, image_size: int):
         self.num_envs, self.size = num_envs, image_size
-        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
-        self.single_observation_space = Box(0, 255, (1, image_size, image_size, 3), np.uint8)
         self.single_action_space = Discrete(len(self.MOVES))
 
     def _place(self, i: int) -> None:
@@ -400,14 +396,14 @@ class Replay:
         rows, side = cfg.steps, cfg.image_size
         self.frame = np.memmap(path, np.uint8, "r+", shape=(rows, side, side, 3))
         self.near = torch.from_numpy(self.frame).to(device)  # a copy, or on the CPU the file itself
-        new = partial(torch.zeros, device=device)
-        self.action = new(rows, dtype=torch.int64)
-        self.reward = new(rows)
-        self.terminated = new(rows, dtype=torch.bool)
-        self.first = new(rows, dtype=torch.bool)
-        self.latent = new(rows, cfg.categoricals, dtype=torch.uint8)  # classes
-        self.v = new(rows, dtype=torch.int32)
-        self.b = new(rows, dtype=torch.int32)
+        with device:
+            self.action = torch.zeros(rows, dtype=torch.int64)
+            self.reward = torch.zeros(rows)
+            self.terminated = torch.zeros(rows, dtype=torch.bool)
+            self.first = torch.zeros(rows, dtype=torch.bool)
+            self.latent = torch.zeros(rows, cfg.categoricals, dtype=torch.uint8)  # classes
+            self.v = torch.zeros(rows, dtype=torch.int32)
+            self.b = torch.zeros(rows, dtype=torch.int32)
 
     def add(self, frame, action, reward, terminated, first, latent) -> None:
         """Append one row: frame (H, W, 3) uint8, four numbers, latent (K,) classes."""
@@ -484,11 +480,8 @@ class TwoHot(nn.Module):
         """x (...) -> (..., bins): weight on the two nearest bins so that the mean is symlog(x)."""
         n, limit = len(self.centres), self.centres[-1]
         position = (symlog(x).clamp(-limit, limit) + limit) / (2 * limit) * (n - 1)
-        low = position.floor().clamp(max=n - 2)
-        upper = (position - low)[..., None]
-        low = low.long()[..., None]
-        out = torch.zeros(*x.shape, n, device=x.device)
-        return out.scatter_(-1, low, 1 - upper).scatter_(-1, low + 1, upper)
+        away = (position[..., None] - torch.arange(n, device=x.device)).abs()
+        return (1 - away).clamp(min=0)
 
     def loss(self, logits: Tensor, x: Tensor) -> Tensor:
         """Cross-entropy between two-hot x (...) and logits (..., bins) -> (...)."""
@@ -776,7 +769,6 @@ class Dream(NamedTuple):
 
     feature: Tensor  # (b, H+1, d_feature): [z_t, d_{t-1}]
     action: Tensor  # (b, H)
-    log_pi: Tensor  # (b, H): log-probability of the action when it was drawn
     reward: Tensor  # (b, H): follows the action, as in the replay
     end: Tensor  # (b, H): probability that the action ended the game or cost a life
 
@@ -834,23 +826,17 @@ class WorldModel(nn.Module):
         error = error.new_zeros(b * l).index_copy(0, drawn, error) * (b * l / count)
         # the prior of z_t comes from d_{t-1}; where o_t opens an episode it knows nothing of it
         log_prior, log_later = self.log_prior(d[:, :-1]), log_post[:, 1:]
-        known = ~batch.first[:, 1:]
-
-        def divergence(p, q):
-            """KL[p || q] and the loss it makes, (b, l)."""
-            kl = kl_divergence(p, q) * known
-            return F.pad(kl, (1, 0)), F.pad(free_bits(kl, self.cfg.free_bits) * known, (1, 0))
-
+        known = F.pad(~batch.first[:, 1:], (1, 0))  # (b, l)
         # the detached side stands still: first the prior learns, then, less, the posterior
-        kl, dynamics = divergence(log_later.detach(), log_prior)
-        _, representation = divergence(log_later, log_prior.detach())
+        kl = F.pad(kl_divergence(log_later.detach(), log_prior), (1, 0)) * known
+        back = F.pad(kl_divergence(log_later, log_prior.detach()), (1, 0)) * known
         losses = dict(
             reconstruction=error.view(b, l),
             reward=self.two_hot.loss(self.reward(d), batch.reward),
             termination=F.binary_cross_entropy_with_logits(
                 self.termination(d).squeeze(-1).float(), batch.terminated, reduction="none"),
-            dynamics=dynamics,
-            representation=representation)
+            dynamics=free_bits(kl, self.cfg.free_bits) * known,
+            representation=free_bits(back, self.cfg.free_bits) * known)
         assert all(loss.shape == (b, l) for loss in losses.values())
         return losses, z.detach(), kl.detach()
 
@@ -862,11 +848,10 @@ class WorldModel(nn.Module):
         """
         d, states = self.sequence(z[:, :-1], action[:, :-1], first=first[:, :-1])
         z, d, states = z[:, -1], d[:, -1] * ~first[:, -1:], clear(states, first[:, -1])
-        features, actions, log_pis, ds = [torch.cat([z, d], -1)], [], [], []
+        features, actions, ds = [torch.cat([z, d], -1)], [], []
         for _ in range(self.cfg.horizon):
             log_pi = actor(features[-1]).float().log_softmax(-1)
             actions.append((log_pi + gumbel(log_pi)).argmax(-1))
-            log_pis.append(log_pi.gather(-1, actions[-1][:, None]).squeeze(-1))
             d, states = self.sequence.step(z, actions[-1], states)
             z = draw_one_hot(self.log_prior(d)).flatten(-2)
             ds.append(d)
@@ -874,7 +859,7 @@ class WorldModel(nn.Module):
         d = torch.stack(ds, 1)  # (b, H, d_model)
         end = self.termination(d).squeeze(-1).float().sigmoid()
         assert end.shape == (len(z), self.cfg.horizon)
-        return Dream(torch.stack(features, 1), torch.stack(actions, 1), torch.stack(log_pis, 1),
+        return Dream(torch.stack(features, 1), torch.stack(actions, 1),
                      self.two_hot.mean(self.reward(d)), end)
 
     @torch.no_grad()
@@ -977,15 +962,6 @@ class Learner:
         self.schedule.step()
         return means
 
-    def state_dict(self) -> dict:
-        """Moments, counts and the warm-up's place."""
-        return dict(optimiser=self.optimiser.state_dict(), schedule=self.schedule.state_dict())
-
-    def load_state_dict(self, saved: dict) -> None:
-        """Go on from `state_dict`."""
-        self.optimiser.load_state_dict(saved["optimiser"])
-        self.schedule.load_state_dict(saved["schedule"])
-
 
 def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[Learner, Learner]:
     """AdamW for the world model, Adam for the rest. NOTE(6): the published default is LaProp."""
@@ -1002,8 +978,8 @@ def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[L
 class Player:
     """Acts on the frame just seen: a_t ~ actor([z_t, d_{t-1}]).
 
-    d_{t-1} is rebuilt from the last `act_context` latents and actions, as long a past as the dreams
-    know, or, where that is 0, carried on from step to step.
+    d_{t-1} is rebuilt from the last `act_context` latents and actions, about as long a past as the
+    dreams know, or, where that is 0, carried on from step to step.
     """
 
     def __init__(self, cfg: Config, model: WorldModel, agent: ActorCritic, num_envs: int, device):
@@ -1034,14 +1010,6 @@ class Player:
             states = clear(m["states"], first)
             m["d"], m["states"] = self.model.sequence.step(z.flatten(-2), action, states)
         return action, z.argmax(-1)
-
-    def state_dict(self) -> dict:
-        """What the next action depends on, besides the frame."""
-        return self.memory
-
-    def load_state_dict(self, saved: dict) -> None:
-        """Go on from `state_dict`."""
-        self.memory = saved
 
 
 # ---- 9 Keeping and showing ----------------------------------------------------------------------
@@ -1096,18 +1064,15 @@ class Run:
             raise Refusal(f"{self.dir} is in use by another process; use another --out") from None
         return handle
 
-    def allocate(self, cfg: Config, rows: int, weights: int) -> None:
-        """Make room for the frames of all steps; Refusal where the disk is too full.
-
-        rows: those that the checkpoint counts on; weights: numbers in the networks.
-        """
+    def allocate(self, cfg: Config, rows: int) -> None:
+        """Make room for the frames of all steps; the checkpoint counts on `rows` of them."""
         frame, free = cfg.image_size**2 * 3, shutil.disk_usage(self.dir).free
         have = self.frames.stat().st_size if self.frames.exists() else 0
         if have < rows * frame:
             raise Refusal(f"{self.frames} is too short for the checkpoint's {rows:,} steps; use "
                           "another --out")
         all_frames = max(have, cfg.steps * frame)
-        need = all_frames - have + 3 * 3 * 4 * weights  # three files of weights and two moments
+        need = all_frames - have
         if need > free:
             raise Refusal(f"{self.dir}: {cfg.steps:,} steps need {need / 1e9:.2f} GB of disk and "
                           f"{free / 1e9:.2f} GB are free; make room, or lower --steps")
@@ -1116,23 +1081,17 @@ class Run:
             if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
                 os.posix_fallocate(file.fileno(), 0, all_frames)
 
-    def write(self, name: str, data) -> None:
-        """Write, flush to the disk, rename: at any moment the old file or the new one is whole."""
-        fresh = self.dir / f"{name}.tmp"
+    def save(self, checkpoint: dict) -> None:
+        """Write, flush to the disk, rename: at any moment one of the two checkpoints is whole."""
+        buffer, fresh = io.BytesIO(), self.dir / "checkpoint.new"
+        torch.save(checkpoint, buffer)
         with open(fresh, "wb") as file:
-            file.write(data)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(fresh, self.dir / name)
-
-    def save(self, checkpoint: dict) -> None:
-        """Write checkpoint.pt; the one before it becomes checkpoint.prev.pt."""
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        self.write("checkpoint.new", buffer.getbuffer())
         if self.newest.exists() and self.whole == self.newest:
             os.replace(self.newest, self.older)
-        os.replace(self.dir / "checkpoint.new", self.newest)
+        os.replace(fresh, self.newest)
         self.whole = self.newest
 
     def load(self, cfg: Config, names, device: torch.device) -> dict | None:
@@ -1145,6 +1104,8 @@ class Run:
                     raise ValueError("a checksum is wrong")
                 saved = torch.load(path, map_location=device, weights_only=True)
                 theirs, _ = dict(saved["config"]), saved["at"]["step"]
+            except (MemoryError, torch.OutOfMemoryError):
+                raise  # the file may well be whole
             except Exception as error:  # a broken file can raise nearly anything
                 print(f"{path} is broken ({type(error).__name__})", file=sys.stderr)
                 continue
@@ -1163,17 +1124,9 @@ class Run:
         return None
 
 
-def generators(device: torch.device) -> list[Tensor]:
-    """The states of torch's random generators; the environment keeps its own, nothing uses more."""
-    there = [] if device.type == "cpu" else [getattr(torch, device.type).get_rng_state()]
-    return [torch.get_rng_state(), *there]
-
-
-def set_generators(saved: list[Tensor], device: torch.device) -> None:
-    """Put torch's random generators back."""
-    torch.set_rng_state(saved[0].cpu())
-    if device.type != "cpu" and len(saved) > 1:
-        getattr(torch, device.type).set_rng_state(saved[1].cpu())
+def generators(device: torch.device) -> list:
+    """The modules that keep a random generator; the environment has its own, nothing uses more."""
+    return [torch] if device.type == "cpu" else [torch, getattr(torch, device.type)]
 
 
 def human_normalised(game: str, score: float) -> float:
@@ -1200,11 +1153,13 @@ def draw_curves(run: Run, game: str) -> None:
         for name in names.split() if table else ():
             axis.plot(table["step"], table[name], ".-" if name == "return" else "-", label=name)
         if names == "return":
-            levels = SCORES.get(game) or {"best possible": GridWorld.best_return()}
+            best = {"best possible": GridWorld.best_return()} if game == "GridWorld" else {}
+            levels = SCORES.get(game, best)
             for i, (name, level) in enumerate(levels.items()):
                 axis.axhline(level, ls="--", lw=1, color=f"C{i + 1}", label=name)
         axis.set(title=f"{game}: {names.replace(' ', ', ')}", xlabel="environment steps")
-        axis.legend(fontsize="small")
+        if axis.lines:
+            axis.legend(fontsize="small")
     figure.savefig(run.dir / "curves.tmp.png", dpi=80)
     pyplot.close(figure)
     os.replace(run.dir / "curves.tmp.png", run.dir / "curves.png")
@@ -1212,7 +1167,7 @@ def draw_curves(run: Run, game: str) -> None:
 
 def draw_dreams(run: Run, cfg: Config, model: WorldModel, replay: Replay) -> None:
     """dream.gif and dream.png: real frames, reconstruction, open-loop dream, the same actions."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageOps
     length, windows, shown, margin = cfg.context + cfg.picture_steps, 2, 12, 14
     if replay.size < length:
         return
@@ -1220,7 +1175,8 @@ def draw_dreams(run: Run, cfg: Config, model: WorldModel, replay: Replay) -> Non
     opened = F.pad(replay.first[:replay.size].cumsum(0), (1, 0))
     inside = opened[length:] - opened[1:replay.size - length + 2]
     calm = (inside == inside.min()).nonzero()  # (n, 1)
-    with torch.random.fork_rng([replay.device] if replay.device.type == "cuda" else []):
+    with torch.random.fork_rng([] if replay.device.type == "cpu" else [replay.device],
+                               device_type=replay.device.type):
         rows = calm[torch.randint(len(calm), (windows,))]
         rows = rows + torch.arange(length, device=replay.device)
         batch = replay.batch(rows)
@@ -1234,11 +1190,9 @@ def draw_dreams(run: Run, cfg: Config, model: WorldModel, replay: Replay) -> Non
         r, c, h, w, _ = grid.shape
         image = Image.fromarray(grid.swapaxes(1, 2).reshape(r * h, c * w, 3))
         image = image.resize((c * 128, r * 128), Image.Resampling.NEAREST)
-        canvas = Image.new("RGB", (image.width, image.height + margin))
-        canvas.paste(image, (0, margin))
-        title = f"{cfg.game}, step {replay.size}: {title}"
-        ImageDraw.Draw(canvas).text((2, 1), title, fill="white")
-        return canvas
+        image = ImageOps.expand(image, (0, margin, 0, 0))
+        ImageDraw.Draw(image).text((2, 1), f"{cfg.game}, step {replay.size}: {title}", fill="white")
+        return image
 
     gif = [sheet(film[:, :, t].swapaxes(0, 1), "real | reconstruction | dream"
                  + (f", +{t - cfg.context + 1}" if t >= cfg.context else ", context"))
@@ -1257,15 +1211,16 @@ def choose_device(cfg: Config) -> torch.device:
     if cfg.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else
                             "mps" if torch.backends.mps.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", cfg.device):
-        raise Refusal(f"--device {cfg.device}: choose auto, cpu, cuda, cuda:1 or mps")
     try:
         probe = torch.zeros(1, device=cfg.device)
         probe.item()
+        if probe.device.type == "cuda":
+            torch.cuda.set_device(probe.device)  # the one whose random generator is saved
         return probe.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # each kind of device that is not there raises something else
         why = str(error).splitlines()[0][:80]
-        raise Refusal(f"--device {cfg.device}: not on this machine ({why}); try cpu") from None
+        raise Refusal(f"--device {cfg.device}: not on this machine ({why}); try cpu, cuda, cuda:1 "
+                      "or mps") from None
 
 
 def choose_precision(cfg: Config, device: torch.device) -> str:
@@ -1275,14 +1230,10 @@ def choose_precision(cfg: Config, device: torch.device) -> str:
     if device.type != "cpu":
         has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if has else "float32"
-    best = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, best[dtype] = torch.ones(512, 512, dtype=dtype), float("inf")
-        for _ in range(9):
-            start = time.perf_counter()
-            x @ x
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-    return "bfloat16" if 1.5 * best[torch.bfloat16] < best[torch.float32] else "float32"
+    x = torch.ones(512, 512)
+    full, half = (min(timeit.repeat("x @ x", repeat=9, number=1, globals=dict(x=t)))
+                  for t in (x, x.bfloat16()))
+    return "bfloat16" if 1.5 * half < full else "float32"
 
 
 def compile_parts(cfg: Config, model: WorldModel, agent: ActorCritic, device: torch.device) -> str:
@@ -1295,9 +1246,9 @@ def compile_parts(cfg: Config, model: WorldModel, agent: ActorCritic, device: to
         y.sum().backward()
     except Exception as error:  # no compiler, no Triton, no Python headers: eager is the same code
         return f"eager (compiling failed: {type(error).__name__})"
-    for owner, name, mode in ((model, "loss", None), (agent, "loss", None),
-                              (model, "imagine", "reduce-overhead")):
-        setattr(owner, name, torch.compile(getattr(owner, name), mode=mode))
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled later runs eager
+    model.loss, agent.loss = torch.compile(model.loss), torch.compile(agent.loss)
+    model.imagine = torch.compile(model.imagine, mode="reduce-overhead")
     return "compiled"
 
 
@@ -1366,9 +1317,11 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
     if cfg.stored_latents:  # NOTE(7): as last encoded, not 8 frames a dream encoded anew
         z = model.one_hot(replay.latent[rows])
     else:
-        with torch.no_grad():  # by parts: 8,192 frames at once leave a CPU's cache, and are slower
+        # 8,192 frames at once leave a CPU's cache, and are slower
+        size = 32 if rows.device.type == "cpu" else len(rows)
+        with torch.no_grad():
             z = torch.cat([draw_one_hot(model.encode(replay.batch(part).frame)).flatten(-2)
-                           for part in rows.split(32)])
+                           for part in rows.split(size)])
     dream = model.imagine(agent.actor, z, replay.action[rows], replay.first[rows])
     losses, metrics = agent.loss(dream)
     means = learner.step(losses, agent.weights)
@@ -1387,7 +1340,7 @@ def train(cfg: Config, run: Run) -> int:
     if at["step"] >= cfg.steps:
         print(f"{run.dir} is finished at step {at['step']:,}; to go on, give a larger --steps")
         return 0
-    run.write("config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
+    (run.dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     torch.manual_seed(cfg.seed)
     env = make_env(cfg.game, 1, cfg.image_size)
     frame = env.reset(seed=cfg.seed + at["step"])[0]
@@ -1395,18 +1348,21 @@ def train(cfg: Config, run: Run) -> int:
     model = WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
     agent = ActorCritic(cfg, num_actions).to(device)
     model_learner, agent_learner = make_learners(cfg, model, agent)
-    run.allocate(cfg, at["step"], sum(p.numel() for m in (model, agent) for p in m.parameters()))
+    run.allocate(cfg, at["step"])
     replay = Replay(run.frames, cfg, device)
     player = Player(cfg, model, agent, 1, device)
-    parts = dict(model=model, agent=agent, model_learner=model_learner, agent_learner=agent_learner,
-                 replay=replay, player=player)
+    parts = dict(model=model, agent=agent, replay=replay,
+                 model_optimiser=model_learner.optimiser, model_schedule=model_learner.schedule,
+                 agent_optimiser=agent_learner.optimiser, agent_schedule=agent_learner.schedule)
     if hasattr(env, "state_dict"):
         parts["env"] = env
     if saved:
         try:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-            set_generators(saved["generators"], device)
+            player.memory = saved["player"]
+            for generator, state in zip(generators(device), saved["generators"]):
+                generator.set_rng_state(state.cpu())
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise Refusal(f"{run.whole} does not fit ({str(error).splitlines()[0][:80]}); put the "
                           "right one back or use another --out") from None
@@ -1428,7 +1384,8 @@ def train(cfg: Config, run: Run) -> int:
         """Write the checkpoint: all that the next step depends on."""
         at.update(seconds=time.perf_counter() - begun, tables=(metrics.length(), episodes.length()))
         run.save({"config": dataclasses.asdict(cfg), "at": at, "frame": torch.from_numpy(frame),
-                  "generators": generators(device),
+                  "generators": [generator.get_rng_state() for generator in generators(device)],
+                  "player": player.memory,
                   **{name: part.state_dict() for name, part in parts.items()}})
 
     bar = tqdm(total=cfg.steps, initial=at["step"], unit="step", smoothing=0.05, dynamic_ncols=True,
@@ -1512,16 +1469,11 @@ def train(cfg: Config, run: Run) -> int:
 
 def introduce(cfg, run, model, agent, machine, step) -> None:
     """Say what is about to happen."""
-    def size(*modules):
-        """Their number of parameters."""
-        return f"{sum(p.numel() for module in modules for p in module.parameters()):,}"
-
+    parts = {"world model": model, **dict(model.named_children()), **dict(agent.named_children())}
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    parameters = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
     print(f"Drama on {cfg.game}: preset {cfg.preset}, seed {cfg.seed}, {machine}, "
-          f"{torch.get_num_threads()} threads\n"
-          f"parameters: world model {size(model)} = encoder {size(model.encoder)} + decoder "
-          f"{size(model.decoder)} + posterior and prior {size(model.posterior, model.prior)} + "
-          f"sequence model {size(model.sequence)} + reward {size(model.reward)} + termination "
-          f"{size(model.termination)}; actor {size(agent.actor)}, critic {size(agent.critic)}\n"
+          f"{torch.get_num_threads()} threads\nparameters: {parameters}\n"
           f"run folder {run.dir}: " + (f"going on from step {step:,}" if step else "new")
           + f" to {cfg.steps:,}; learning starts at step {cfg.warmup:,}", flush=True)
     if cfg.game == "GridWorld":
@@ -1603,7 +1555,8 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
     preset = given.get("preset", "auto")
     if preset == "auto":
         preset = ("gridworld" if given.get("game") == "GridWorld" else
-                  "paper" if torch.cuda.is_available() else "laptop")
+                  "paper" if torch.cuda.is_available() and given.get("device") != "cpu" else
+                  "laptop")
     return Config(**{**PRESETS.get(preset, {}), **given, "preset": preset}), set(given)
 
 
@@ -1624,11 +1577,13 @@ def main(argv: list[str] | None = None) -> int:
     except Refusal as error:
         message, code = str(error), error.code
     except KeyboardInterrupt:
-        message, code = "stopped before the first step", 130
+        message, code = "stopped", 130
     except OSError as error:
-        message = f"{error.filename or run.dir}: {error.strerror}; the checkpoints are as before"
+        where, why = error.filename or run.dir, error.strerror or error
+        message = f"{where}: {why}; the checkpoints are as before"
     except (MemoryError, RuntimeError) as error:
-        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
+        words = ("out of memory", "allocate memory")
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
         message = f"out of memory ({str(error)[:80]}); lower the sizes, see --help"
     print(f"drama.py: {message}", file=sys.stderr)

@@ -40,7 +40,7 @@ def median_seconds(call, device) -> float:
 
 def filled_replay(cfg, run, rows: int, device) -> drama.Replay:
     """A replay of random frames."""
-    run.allocate(cfg, 0, 0)
+    run.allocate(cfg, 0)
     replay, rng = drama.Replay(run.frames, cfg, device), np.random.default_rng(0)
     for i in range(rows):
         frame = rng.integers(0, 255, replay.frame.shape[1:], dtype=np.uint8)

@@ -31,7 +31,7 @@ def play(cfg, device, steps: int, seed: int) -> drama.Replay:
     env = drama.make_env(cfg.game, 1, cfg.image_size)
     rng = np.random.default_rng(seed)
     run = drama.Run(dataclasses.replace(cfg, out=tempfile.mkdtemp(), steps=steps))
-    run.allocate(dataclasses.replace(cfg, steps=steps), 0, 0)
+    run.allocate(dataclasses.replace(cfg, steps=steps), 0)
     replay = drama.Replay(run.frames, dataclasses.replace(cfg, steps=steps), device)
     frame, first = env.reset(seed=seed)[0], True
     while replay.size < steps:
