@@ -500,7 +500,8 @@ def unimix(logits: Tensor, share: float) -> Tensor:
 
 
 def draw_one_hot(logp: Tensor) -> Tensor:
-    """A one-hot sample of each categorical in logp (..., C), from one uniform number each."""
+    """A one-hot sample of each categorical in logp (..., C): one random number each, where Gumbel
+    noise takes C."""
     below = logp.exp().cumsum(-1) < torch.rand_like(logp[..., :1])
     return F.one_hot(below[..., :-1].sum(-1), logp.shape[-1]).to(logp.dtype)
 
@@ -1336,7 +1337,7 @@ def train(cfg: Config, run: Run) -> int:
     saved = run.load(cfg, dataclasses.asdict(cfg), device)
     at = saved["at"] if saved else dict(
         step=0, updates=0, seconds=0.0, episode=0, first=True, total=0.0, length=0, last=0.0,
-        precision=None, tables=(0, 0), sums={})
+        machine=None, tables=(0, 0), sums={})
     if at["step"] >= cfg.steps:
         print(f"{run.dir} is finished at step {at['step']:,}; to go on, give a larger --steps")
         return 0
@@ -1370,7 +1371,8 @@ def train(cfg: Config, run: Run) -> int:
             frame = saved["frame"].cpu().numpy()
         else:  # Atari cannot be put back into the middle of an episode: a new one opens
             at.update(first=True, total=0.0, length=0)
-    at["precision"] = at["precision"] or choose_precision(cfg, device)
+    if at["machine"] != device.type:  # a resume elsewhere chooses anew
+        at.update(machine=device.type, precision=choose_precision(cfg, device))
     scan = compile_parts(cfg, model, agent, device)
     metrics = Table(run.dir / "metrics.csv", at["tables"][0])
     episodes = Table(run.dir / "episodes.csv", at["tables"][1])
@@ -1381,7 +1383,7 @@ def train(cfg: Config, run: Run) -> int:
     interrupt = Interrupt()
 
     def save():
-        """Write the checkpoint: all that the next step depends on."""
+        """Write the checkpoint: all that the next step depends on, but for Atari's emulator."""
         at.update(seconds=time.perf_counter() - begun, tables=(metrics.length(), episodes.length()))
         run.save({"config": dataclasses.asdict(cfg), "at": at, "frame": torch.from_numpy(frame),
                   "generators": [generator.get_rng_state() for generator in generators(device)],

@@ -1427,7 +1427,7 @@ def test_damage_is_refused(damage, words, run, capsys):
 
 
 @pytest.mark.parametrize("error, words", [
-    (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+    (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory"), "(CUDA out"),
     (OSError("encoder error"), "encoder error; the checkpoints are as before")])
 def test_what_goes_wrong_is_a_line(error, words, run, capsys, monkeypatch):
     def fail(*args, **options):
