@@ -54,7 +54,7 @@ def main() -> None:
     arms = {name: play(flags, args.rows) for name, flags in ARMS.items()}
     for name, columns in arms.items():
         never = (columns["v"] == 0).float().mean()
-        print(f"\n{name}: no update began at {never:.0%} of rows; by tenths of the replay, oldest first")
+        print(f"\n{name}: no update began at {never:.0%} of rows; means of tenths, oldest first")
         for key, column in columns.items():
             tenths = " ".join(f"{part.mean():7.2f}" for part in column.chunk(10))
             print(f"{key:>6} {tenths}")
