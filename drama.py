@@ -607,7 +607,8 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
             state = x.new_zeros(b, h, n, p).mT
         if first is None:
             first = torch.zeros(b, l, dtype=torch.bool, device=x.device)
-        X = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, pad)).view(b, c, q, h, p).transpose(2, 3)
+        X = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, pad)).view(b, c, q, h, p)
+        X = X.transpose(2, 3).contiguous()  # once, or every product below copies it
         B, C = (F.pad(t, (0, 0, 0, pad)).view(b, c, 1, q, n) for t in (B, C))
         S = F.pad(dt * A, (0, 0, 0, pad)).view(b, c, q, h).transpose(2, 3).cumsum(-1)  # (b,c,h,q)
         segment = F.pad(first, (0, pad)).view(b, c, 1, q).cumsum(-1)  # resets since chunk's start
@@ -618,7 +619,7 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
         y = (C @ B.mT * decay) @ X  # (b,c,h,q,q) @ (b,c,h,q,p)
         # 2 what each chunk adds to the state by its end
         to_end = (S[..., -1:] - S).exp() * (segment == segment[..., -1:])  # (b,c,h,q)
-        ends = (B.mT @ (X * to_end[..., None])).mT  # (b,c,h,p,n)
+        ends = ((B * to_end[..., None]).mT @ X).mT  # (b,c,h,p,n)
         # 3 the recurrence over chunks; unbind, as indexing costs a full-size zero gradient each
         through = S[..., -1].exp() * (segment[..., -1] == 0)  # (b,c,h)
         starts = []
@@ -627,7 +628,7 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
             state = keep[..., None, None] * state + end
         # 4 from the state at each chunk's start to its outputs
         from_start = S.exp() * (segment == 0)
-        y = y + (C @ torch.stack(starts, 1).mT) * from_start[..., None]
+        y = y + (C * from_start[..., None]) @ torch.stack(starts, 1).mT
         return y.transpose(2, 3).reshape(b, c * q, h, p)[:, :l], state
 
 
@@ -1148,7 +1149,7 @@ def draw_curves(run: Run, game: str) -> None:
         tables.append({k: [float(row[k]) for row in rows] for k in rows[0]} if rows else None)
     panels = ("return", "reconstruction", "kl dynamics", "reward termination", "policy_entropy",
               "imagined_return imagined_value", "imagined_reward batch_reward", "value slow_value")
-    figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), layout="tight")
     for axis, names in zip(axes.flat, panels):
         table = tables[names != "return"]
         for name in names.split() if table else ():
