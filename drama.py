@@ -67,6 +67,12 @@ class Refusal(Exception):
         self.code = code
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether Python, CUDA or PyTorch's CPU allocator says that memory ran out."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "allocate memory"))
+
+
 def opt(default, text: str, low=None, high=None, choices=None):
     """A Config field: default of preset `paper`, the line for --help, the values allowed."""
     return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
@@ -113,6 +119,7 @@ class Config:
     decoded: float = opt(1.0, "share of a batch's frames that are decoded and compared", 0.01, 1.0)
     free_bits: float = opt(1.0, "KL below this is not trained on, in nats", 0.0, 1000.0)
     representation_scale: float = opt(0.1, "weight of KL[post || sg(prior)]", 0.0, 100.0)
+    mean_frame: bool = opt(False, "the decoder starts at the mean of the random steps' frames")
     see_first: int = opt(0, "updates on reconstruction alone; in twice as many the rest grows in; "
                          "then dreams begin", 0, 10_000_000)
     model_lr: float = opt(1e-4, "world model: learning rate", 1e-8, 1.0)
@@ -125,7 +132,6 @@ class Config:
     dreams: int = opt(1024, "dreams in an update", 1, 65536)
     context: int = opt(8, "real frames that a dream starts from", 2, 1024)
     horizon: int = opt(16, "steps of a dream", 1, 1024)
-    mean_frame: bool = opt(False, "the decoder starts at the mean of the random steps' frames")
     stored_latents: bool = opt(False, "contexts from latents kept at a frame's last encoding")
     actor_units: int = opt(256, "actor: hidden units", 1, 8192)
     critic_units: int = opt(512, "critic: hidden units", 1, 8192)
@@ -207,12 +213,12 @@ def validate(cfg: Config) -> None:
     if cfg.expand * cfg.d_model % cfg.headdim:
         raise Refusal(f"--headdim {cfg.headdim}: does not divide expand * d_model = "
                       f"{cfg.expand * cfg.d_model}")
-    shortest = max(cfg.batch_size + cfg.batch_length, cfg.context)
     if cfg.game != "GridWorld":
         rom_name(cfg.game)
+    shortest = max(cfg.batch_size + cfg.batch_length, cfg.context)
     if cfg.warmup < shortest:
-        raise Refusal(f"--warmup {cfg.warmup}: a first update needs {shortest} steps (batch_size + "
-                      "batch_length) or --context; raise --warmup or lower those")
+        raise Refusal(f"--warmup {cfg.warmup}: the first update needs {shortest} steps, batch_size "
+                      "+ batch_length or --context; raise --warmup or lower those")
 
 
 # ---- 2 Environments -----------------------------------------------------------------------------
@@ -395,7 +401,7 @@ class Replay:
         self.cfg, self.device, self.size = cfg, device, 0
         rows, side = cfg.steps, cfg.image_size
         self.frame = np.memmap(path, np.uint8, "r+", shape=(rows, side, side, 3))
-        self.near = torch.from_numpy(self.frame).to(device)  # a copy, or on the CPU the file itself
+        self.on_device = torch.from_numpy(self.frame).to(device)  # a copy; on the CPU, the file
         with device:
             self.action = torch.zeros(rows, dtype=torch.int64)
             self.reward = torch.zeros(rows)
@@ -408,7 +414,7 @@ class Replay:
     def add(self, frame, action, reward, terminated, first, latent) -> None:
         """Append one row: frame (H, W, 3) uint8, four numbers, latent (K,) classes."""
         i = self.size
-        self.frame[i], self.near[i] = frame, torch.from_numpy(frame)
+        self.frame[i], self.on_device[i] = frame, torch.from_numpy(frame)
         self.action[i], self.reward[i], self.latent[i] = int(action), float(reward), latent
         self.terminated[i], self.first[i] = bool(terminated), bool(first)
         self.size += 1
@@ -436,7 +442,7 @@ class Replay:
 
     def batch(self, rows: Tensor) -> Batch:
         """The windows at rows (b, l)."""
-        frame = self.near.index_select(0, rows.flatten())  # near[rows] is slower on a CPU
+        frame = self.on_device.index_select(0, rows.flatten())  # [rows] is slower on a CPU
         return Batch(rows, frame.unflatten(0, rows.shape), self.action[rows],
                      self.reward[rows], self.terminated[rows].float(), self.first[rows])
 
@@ -544,8 +550,8 @@ class Encoder(nn.Sequential):
     def __init__(self, cfg: Config):
         layers, channels = [], 3
         for width, stride in cfg.cnn:
-            kernel = stride if stride == CNN_PATCH else cfg.cnn_kernel
-            padding = 0 if stride == CNN_PATCH else kernel // 2
+            kernel, padding = ((stride, 0) if stride == CNN_PATCH else
+                               (cfg.cnn_kernel, cfg.cnn_kernel // 2))
             layers += [nn.Conv2d(channels, width, kernel, stride, padding), nn.BatchNorm2d(width),
                        nn.SiLU()]
             channels = width
@@ -576,7 +582,7 @@ class Decoder(nn.Sequential):
 
     @torch.no_grad()
     def start_at(self, frame: Tensor) -> None:
-        """Draw the frame (H, W, 3) in 0..1, the mean of random play, and next to nothing else.
+        """Begin where any latent decodes to about this frame (H, W, 3) in 0..1, random play's mean.
 
         NOTE(8): while a decoder has yet to find the background, a noisy latent costs more than it
         tells: the posterior turns constant, and stays so for long. On Pong's frames, after 60 s on
@@ -724,22 +730,22 @@ class SequenceModel(nn.Module):
             for _ in range(cfg.layers))
         self.dropout, self.norm = nn.Dropout(cfg.dropout), nn.RMSNorm(d)
 
-    def _stack(self, z, action, call):
-        u = self.stem(torch.cat([z, F.one_hot(action, self.num_actions)], -1))
-        states = []
-        for i, (norm, layer) in enumerate(zip(self.norms, self.layers)):
-            y, state = call(layer, norm(u), i)
+    def _stack(self, z, action, states, call):
+        u, after = self.stem(torch.cat([z, F.one_hot(action, self.num_actions)], -1)), []
+        for norm, layer, state in zip(self.norms, self.layers, states):
+            y, state = call(layer, norm(u), state)
             u = u + self.dropout(y)
-            states.append(state)
-        return self.norm(u), states
+            after.append(state)
+        return self.norm(u), after
 
     def forward(self, z: Tensor, action: Tensor, states=None, first=None) -> tuple[Tensor, list]:
         """z (b, l, K*C), action (b, l), first (b, l) bool -> d (b, l, d_model), a state a layer."""
-        return self._stack(z, action, lambda layer, u, i: layer(u, states and states[i], first))
+        return self._stack(z, action, states or self.initial_states(len(z)),
+                           lambda layer, u, state: layer(u, state, first))
 
     def step(self, z: Tensor, action: Tensor, states: list) -> tuple[Tensor, list]:
         """One token: z (b, K*C), action (b,) -> d (b, d_model), new states."""
-        return self._stack(z, action, lambda layer, u, i: layer.step(u, states[i]))
+        return self._stack(z, action, states, Mamba2.step)
 
     def initial_states(self, batch: int) -> list:
         """Zero states, a layer each."""
@@ -815,7 +821,8 @@ class WorldModel(nn.Module):
         return F.one_hot(classes.long(), self.cfg.classes).flatten(-2).float()
 
     def loss(self, batch: Batch) -> tuple[dict, Tensor, Tensor]:
-        """Losses by name, each (b, l); latents (b, l, K, C); KL[posterior || prior] (b, l)."""
+        """Losses by name, each (b, l); latents (b, l, K, C); KL[posterior || prior] (b, l), 0 where
+        no prior is had: at a window's and an episode's first frame."""
         b, l = batch.action.shape
         log_post = self.encode(batch.frame)
         z = straight_through(log_post)  # (b, l, K, C)
@@ -828,17 +835,17 @@ class WorldModel(nn.Module):
         error = error.new_zeros(b * l).index_copy(0, drawn, error) * (b * l / count)
         # the prior of z_t comes from d_{t-1}; where o_t opens an episode it knows nothing of it
         log_prior, log_later = self.log_prior(d[:, :-1]), log_post[:, 1:]
-        known = F.pad(~batch.first[:, 1:], (1, 0))  # (b, l)
         # the detached side stands still: first the prior learns, then, less, the posterior
-        kl = F.pad(kl_divergence(log_later.detach(), log_prior), (1, 0)) * known
-        back = F.pad(kl_divergence(log_later, log_prior.detach()), (1, 0)) * known
+        kl = kl_divergence(log_later.detach(), log_prior)
+        dynamics, representation, kl = (F.pad(x * ~batch.first[:, 1:], (1, 0)) for x in (
+            free_bits(kl, self.cfg.free_bits),
+            free_bits(kl_divergence(log_later, log_prior.detach()), self.cfg.free_bits), kl))
         losses = dict(
             reconstruction=error.view(b, l),
             reward=self.two_hot.loss(self.reward(d), batch.reward),
             termination=F.binary_cross_entropy_with_logits(
                 self.termination(d).squeeze(-1).float(), batch.terminated, reduction="none"),
-            dynamics=free_bits(kl, self.cfg.free_bits) * known,
-            representation=free_bits(back, self.cfg.free_bits) * known)
+            dynamics=dynamics, representation=representation)
         assert all(loss.shape == (b, l) for loss in losses.values())
         return losses, z.detach(), kl.detach()
 
@@ -947,9 +954,10 @@ class Learner:
         """One step down the weighted sum of the losses' means -> the means, the gradient's norm."""
         assert losses.keys() == weights.keys(), (losses.keys(), weights.keys())
         means = {name: loss.mean() for name, loss in losses.items()}
-        self.optimiser.zero_grad()
-        sum(weights[name] * mean for name, mean in means.items() if weights[name]).backward()
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        self.optimiser.zero_grad()
+        with torch.autocast(parameters[0].device.type, enabled=False):  # each op as it went forward
+            sum(weights[name] * mean for name, mean in means.items() if weights[name]).backward()
         if not all(weights.values()):
             # what only a loss left out would train must not move: Adam skips a gradient of None,
             # but compiled code gives zeros
@@ -1106,9 +1114,9 @@ class Run:
                     raise ValueError("a checksum is wrong")
                 saved = torch.load(path, map_location=device, weights_only=True)
                 theirs, _ = dict(saved["config"]), saved["at"]["step"]
-            except (MemoryError, torch.OutOfMemoryError):
-                raise  # the file may well be whole
             except Exception as error:  # a broken file can raise nearly anything
+                if out_of_memory(error):
+                    raise  # the file may well be whole
                 print(f"{path} is broken ({type(error).__name__})", file=sys.stderr)
                 continue
             ours = dataclasses.asdict(cfg)
@@ -1242,10 +1250,9 @@ def compile_parts(cfg: Config, model: WorldModel, agent: ActorCritic, device: to
     """On CUDA compile the losses, and dreams into one CUDA graph; say which path the scan takes."""
     if cfg.compile == "off" or device.type != "cuda":  # on CPUs torch 2.13's code was seen to crash
         return "eager"
-    try:  # a small scan forward and backward tells whether there is a compiler that works
-        x = torch.ones(2, 8, 1, 4, device=device, requires_grad=True)
-        y, _ = torch.compile(ssd_scan)(x, x[..., 0], -x[0, 0, :, 0], x[:, :, 0], x[:, :, 0], 4)
-        y.sum().backward()
+    try:  # one kernel forward and backward tells whether there is a compiler that works
+        x = torch.ones(8, device=device, requires_grad=True)
+        torch.compile(lambda x: x.exp().sum())(x).backward()
     except Exception as error:  # no compiler, no Triton, no Python headers: eager is the same code
         return f"eager (compiling failed: {type(error).__name__})"
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled later runs eager
@@ -1290,13 +1297,12 @@ METRICS = (
 
 
 def growth(cfg: Config, updates: int) -> float:
-    """What all losses but reconstruction are multiplied by in the update after so many, 0..1.
+    """Weight, 0..1, of every loss but reconstruction, after so many updates.
 
     NOTE(9): in full at once, they can turn a fresh posterior constant before it has learnt to see.
     """
-    if not cfg.see_first:
-        return 1.0
-    return min(1.0, max(0.0, (updates - cfg.see_first) / (2 * cfg.see_first)))
+    grown = (updates - cfg.see_first) / (2 * cfg.see_first) if cfg.see_first else 1
+    return min(1.0, max(0.0, grown))
 
 
 def update_world_model(model, learner, replay) -> dict:
@@ -1316,10 +1322,10 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
     """Dream on from contexts drawn by DFS, then one update on the dreams -> metrics."""
     rows = replay.draw_contexts()
     model.eval()
-    if cfg.stored_latents:  # NOTE(7): as last encoded, not 8 frames a dream encoded anew
+    if cfg.stored_latents:  # NOTE(7): as last encoded, not the context's frames encoded anew
         z = model.one_hot(replay.latent[rows])
     else:
-        # 8,192 frames at once leave a CPU's cache, and are slower
+        # all of them at once, 8,192 in `paper`, leave a CPU's cache, and are slower
         size = 32 if rows.device.type == "cpu" else len(rows)
         with torch.no_grad():
             z = torch.cat([draw_one_hot(model.encode(replay.batch(part).frame)).flatten(-2)
@@ -1338,7 +1344,7 @@ def train(cfg: Config, run: Run) -> int:
     saved = run.load(cfg, dataclasses.asdict(cfg), device)
     at = saved["at"] if saved else dict(
         step=0, updates=0, seconds=0.0, episode=0, first=True, total=0.0, length=0, last=0.0,
-        machine=None, tables=(0, 0), sums={})
+        machine=None, tables=(0, 0), news={})
     if at["step"] >= cfg.steps:
         print(f"{run.dir} is finished at step {at['step']:,}; to go on, give a larger --steps")
         return 0
@@ -1366,6 +1372,8 @@ def train(cfg: Config, run: Run) -> int:
             for generator, state in zip(generators(device), saved["generators"]):
                 generator.set_rng_state(state.cpu())
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
             raise Refusal(f"{run.whole} does not fit ({str(error).splitlines()[0][:80]}); put the "
                           "right one back or use another --out") from None
         if "env" in parts:
@@ -1432,15 +1440,13 @@ def train(cfg: Config, run: Run) -> int:
                         news |= update_actor_critic(cfg, model, agent, agent_learner, replay)
                 at["updates"] += 1
                 for name, value in news.items():
-                    total, count = at["sums"].get(name, (0, 0))
-                    at["sums"][name] = total + value, count + 1
+                    at["news"].setdefault(name, []).append(value)
 
             # LOG
-            if at["step"] % cfg.log_every == 0 and at["sums"]:
-                means = dict.fromkeys(METRICS, float("nan"))
-                means |= {name: total / count for name, (total, count) in at["sums"].items()}
+            if at["step"] % cfg.log_every == 0 and at["news"]:
+                means = {name: float(np.mean(at["news"].get(name, np.nan))) for name in METRICS}
                 metrics.row(dict(step=at["step"], seconds=seconds, updates=at["updates"], **means))
-                at["sums"] = {}
+                at["news"] = {}
                 bar.set_postfix_str(
                     f"return {at['last']:g}, reconstruction {means['reconstruction']:.1f}, "
                     f"kl {means['kl']:.2f}, dreamt {means['imagined_return']:.2f}", refresh=False)
@@ -1585,8 +1591,7 @@ def main(argv: list[str] | None = None) -> int:
         where, why = error.filename or run.dir, error.strerror or error
         message = f"{where}: {why}; the checkpoints are as before"
     except (MemoryError, RuntimeError) as error:
-        words = ("out of memory", "allocate memory")
-        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+        if not out_of_memory(error):
             raise
         message = f"out of memory ({str(error)[:80]}); lower the sizes, see --help"
     print(f"drama.py: {message}", file=sys.stderr)

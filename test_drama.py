@@ -492,6 +492,34 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
+def test_the_scan_goes_back_in_float32_too_under_autocast():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 3, 4, requires_grad=True)
+    dt, A, B, C = torch.rand(2, 8, 3), -torch.rand(3), torch.randn(2, 8, 5), torch.randn(2, 8, 5)
+    loss = drama.ssd_scan(x, dt, A, B, C, 4)[0].square().sum()
+    exact, = torch.autograd.grad(loss, x)
+    learner = drama.Learner(torch.optim.SGD([x], 1e-3), 1e9, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        learner.step({"loss": drama.ssd_scan(x, dt, A, B, C, 4)[0].square().sum()}, {"loss": 1})
+    close(x.grad, exact)
+
+
+def test_dreams_teach_the_actor_under_autocast(no_pictures, monkeypatch, tmp_path):
+    learnt, step = [], drama.Learner.step
+
+    def recorded(self, *args):
+        """Autocast keeps casts of the actor made without a gradient, while it dreams."""
+        news = step(self, *args)
+        learnt.append(all(p.grad is not None for group in self.optimiser.param_groups
+                          for p in group["params"]))
+        return news
+
+    monkeypatch.setattr(drama.Learner, "step", recorded)
+    flags = "--game GridWorld --steps 60 --precision bfloat16 --out".split()
+    assert drama.main([*RUN, *flags, str(tmp_path)]) == 0
+    assert len(learnt) == 6 and all(learnt)
+
+
 def test_dreams_use_the_weights_just_updated(no_pictures, monkeypatch, tmp_path):
     dream, fresh = drama.update_actor_critic, []
 

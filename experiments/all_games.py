@@ -23,7 +23,10 @@ def main() -> int:
         out = Path(args.out) / game
         code = drama.main(["--game", game, "--preset", "tiny", "--steps", args.steps,
                            "--out", str(out)])
-        failed += code != 0
+        if code:
+            failed += 1
+            rows.append(f"{game:<16}{'':>8}{code:>11}")
+            continue
         with open(out / "metrics.csv") as file:
             last = list(csv.DictReader(file))[-1]
         actions = drama.make_env(game, 1, 64).single_action_space.n

@@ -32,11 +32,13 @@ def play(flags: str, rows: int) -> dict[str, torch.Tensor]:
         path = Path(folder, "frames.bin")
         np.zeros((rows, 8, 8, 3), np.uint8).tofile(path)
         replay = drama.Replay(path, cfg, torch.device("cpu"))
+        wait = 3 * cfg.see_first * cfg.train_every * rows // 100_000  # NOTE(9), in a run so short
         for replay.size in range(rows // 100, rows + 1, cfg.train_every):
             if replay.size >= cfg.batch_size + cfg.batch_length:
                 replay.draw_sequences()
-                replay.draw_contexts()
-        del replay.frame, replay.near  # Windows will not delete a mapped file
+                if replay.size >= rows // 100 + wait:
+                    replay.draw_contexts()
+        del replay.frame, replay.on_device  # Windows will not delete a mapped file
     v, b, s, T = replay.v, replay.b, cfg.dreams / cfg.batch_size, cfg.temperature
     dfs = cfg.sampler == "dfs"
     return dict(v=v.float(), b=b.float(),

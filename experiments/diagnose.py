@@ -70,7 +70,7 @@ def look_at_dreams(cfg, model, agent, batch, z) -> None:
 def look_at_values(cfg, agent, replay, batch, z, d) -> None:
     """The critic on real frames beside what followed."""
     returns, R = torch.zeros(replay.size), 0.0
-    for t in range(replay.size - 1, -1, -1):  # cut at lost lives, as the critic is told
+    for t in range(replay.size - 1, -1, -1):  # cut at lost lives, at openings, at the run's end
         R = replay.reward[t] + cfg.gamma * R * (not replay.terminated[t])
         if t + 1 < replay.size and replay.first[t + 1]:
             R = replay.reward[t]
@@ -93,6 +93,8 @@ def main() -> None:
     cfg, model, agent, replay = load(args.run)
     torch.manual_seed(0)
     length, count = cfg.context + cfg.horizon, min(args.recent, replay.size) // 8
+    if replay.size <= length or args.recent <= length:
+        sys.exit(f"diagnose.py: needs more than {length} steps, in the run and in --recent")
     starts = torch.randint(max(0, replay.size - args.recent), replay.size - length, (count,))
     batch = replay.batch(starts[:, None] + torch.arange(length))
     print(f"{cfg.game}, step {replay.size:,}, last {args.recent:,}: {count} windows of {length}")

@@ -90,7 +90,8 @@ def main() -> None:
     own, rest = own.parse_known_args()
     drama.keep_freed_pages()
     cfg, _ = drama.parse(rest)
-    cfg = dataclasses.replace(cfg, steps=own.rows + 1, out=tempfile.mkdtemp(), see_first=0)
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # gone when the program ends
+    cfg = dataclasses.replace(cfg, steps=own.rows + 1, out=scratch.name, see_first=0)
     device = drama.choose_device(cfg)
     model = drama.WorldModel(cfg, ACTIONS).to(device, memory_format=torch.channels_last)
     agent = drama.ActorCritic(cfg, ACTIONS).to(device)

@@ -24,15 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drama  # noqa: E402
 
 HELD_OUT, LENGTH, AHEAD = 16, 48, 8  # windows, frames in each, steps of the dream
+SCRATCH = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # gone when the program ends
 
 
 def play(cfg, device, steps: int, seed: int) -> drama.Replay:
     """A replay of random play."""
     env = drama.make_env(cfg.game, 1, cfg.image_size)
     rng = np.random.default_rng(seed)
-    run = drama.Run(dataclasses.replace(cfg, out=tempfile.mkdtemp(), steps=steps))
-    run.allocate(dataclasses.replace(cfg, steps=steps), 0)
-    replay = drama.Replay(run.frames, dataclasses.replace(cfg, steps=steps), device)
+    cfg = dataclasses.replace(cfg, out=tempfile.mkdtemp(dir=SCRATCH.name), steps=steps)
+    run = drama.Run(cfg)
+    run.allocate(cfg, 0)
+    replay = drama.Replay(run.frames, cfg, device)
     frame, first = env.reset(seed=seed)[0], True
     while replay.size < steps:
         action = rng.integers(env.single_action_space.n, size=1)
