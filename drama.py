@@ -151,7 +151,7 @@ class Config:
     compile: str = opt("auto", "torch.compile, on CUDA only; auto or off", choices=("auto", "off"))
     log_every: int = opt(100, "environment steps between rows of metrics.csv", 1, 1_000_000)
     save_every: float = opt(120.0, "seconds between checkpoints", 0.0, 1e6)
-    draw_every: float = opt(300.0, "seconds between pictures", 0.0, 1e9)
+    draw_every: float = opt(400.0, "seconds between pictures", 0.0, 1e9)
     picture_steps: int = opt(40, "dreamt frames in the pictures", 1, 1000)
 
     @property
