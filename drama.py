@@ -740,7 +740,7 @@ class SequenceModel(nn.Module):
 
     def forward(self, z: Tensor, action: Tensor, states=None, first=None) -> tuple[Tensor, list]:
         """z (b, l, K*C), action (b, l), first (b, l) bool -> d (b, l, d_model), a state a layer."""
-        return self._stack(z, action, states or self.initial_states(len(z)),
+        return self._stack(z, action, states or [None] * len(self.layers),
                            lambda layer, u, state: layer(u, state, first))
 
     def step(self, z: Tensor, action: Tensor, states: list) -> tuple[Tensor, list]:

@@ -1456,6 +1456,7 @@ def test_damage_is_refused(damage, words, run, capsys):
 
 @pytest.mark.parametrize("error, words", [
     (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory"), "(CUDA out"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
     (OSError("encoder error"), "encoder error; the checkpoints are as before")])
 def test_what_goes_wrong_is_a_line(error, words, run, capsys, monkeypatch):
     def fail(*args, **options):
@@ -1463,6 +1464,10 @@ def test_what_goes_wrong_is_a_line(error, words, run, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", fail)  # a checkpoint that does not fit is not a broken one
+        if not isinstance(error, OSError):
+            refused(capsys, words)
+    with monkeypatch.context() as patch:
+        patch.setattr(drama.Replay, "load_state_dict", fail)  # nor one that does not fit its run
         if not isinstance(error, OSError):
             refused(capsys, words)
     monkeypatch.setattr(drama.Replay, "add", fail)

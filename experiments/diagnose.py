@@ -94,7 +94,7 @@ def main() -> None:
     torch.manual_seed(0)
     length, count = cfg.context + cfg.horizon, min(args.recent, replay.size) // 8
     if replay.size <= length or args.recent <= length:
-        sys.exit(f"diagnose.py: needs more than {length} steps, in the run and in --recent")
+        parser.error(f"needs more than {length} steps, in the run and in --recent")
     starts = torch.randint(max(0, replay.size - args.recent), replay.size - length, (count,))
     batch = replay.batch(starts[:, None] + torch.arange(length))
     print(f"{cfg.game}, step {replay.size:,}, last {args.recent:,}: {count} windows of {length}")
