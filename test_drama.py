@@ -632,6 +632,21 @@ def test_updates_keep_and_use_latents(tmp_path, model, agent):
         assert torch.equal(action, rows % ACTIONS) and torch.equal(first, rows % 7 == 0)
 
 
+def test_what_cuda_compiles_is_one_graph_each(tmp_path, model, agent):
+    """A break in a graph is a round trip to the host in the middle of a dream; here it raises."""
+    torch._dynamo.utils.counters.clear()
+    for part, name in ((model, "loss"), (agent, "loss"), (model, "imagine")):
+        whole = torch.compile(getattr(part, name), fullgraph=True, backend="aot_eager")
+        setattr(part, name, whole)
+    replay, cfg = make_replay(tmp_path), small()
+    learner, acting = drama.make_learners(cfg, model, agent)
+    for _ in range(2):  # the second time with what the first has compiled
+        with torch.autocast("cpu", torch.bfloat16):
+            drama.update_world_model(model, learner, replay)
+            drama.update_actor_critic(cfg, model, agent, acting, replay)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_sees_first_then_the_other_losses_grow(compiled, tmp_path, model, agent):
     replay, told = make_replay(tmp_path), []
