@@ -60,9 +60,10 @@ def inputs(b, l):
 
 
 def seconds(scan, tensors) -> float:
-    """One forward and backward."""
+    """One forward and backward, from a gradient that is given: no loss is timed with it."""
+    gradient = torch.ones_like(tensors[0])
     start = time.perf_counter()
-    scan(*tensors).square().sum().backward()
+    torch.autograd.grad(scan(*tensors), tensors, gradient)
     return time.perf_counter() - start
 
 
