@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "gymnasium>=1.2.0", "ale-py>=0.11.2", "numpy>=2.0", "tqdm>=4.66",
+#                 "matplotlib>=3.9"]
+# ///
 """Drama in one file: a Mamba-2 world model learns a game, an actor-critic learns inside its dreams.
 
     python drama.py --game GridWorld         a result in minutes on a laptop
@@ -5,36 +10,60 @@
     python drama.py --game Pong --eval 20    play 20 episodes from the checkpoint
     python drama.py --help                   every setting, one line each
 
-A discrete VAE turns frames into latents; Mamba-2, as the chunked scan of [2], predicts the next
-latent, the reward and the end; actor and critic learn on predicted futures alone; dynamic
-frequency-based sampling (DFS) chooses what to train on and where to dream from.
+A world model is a simulator that is learnt from play. A frame becomes a latent: K dice of C faces,
+as a discrete VAE draws them. Mamba-2, a recurrent net whose state changes linearly, reads latents
+and actions and foretells the next latent, the reward and the end. So it can dream: its own guess
+takes the place of the next frame. Actor and critic learn in dreams alone.
 
-Sources: [1] Drama, arXiv 2410.08893v4. [2] Mamba-2 (SSD), arXiv 2405.21060. [3] Mamba, arXiv
-2312.00752. [4] DreamerV3, arXiv 2301.04104. [5] STORM, arXiv 2310.09615. [6] SimPLe, 1903.00374.
+    o_t --encoder--> z_t --+                         +--> prior: a guess of z_{t+1}
+                           |                         |
+                           +--> Mamba-2 --> d_t -----+--> r_t, the reward that follows a_t
+                           |                         |
+    z_t, d_{t-1} --actor--> a_t                      +--> e_t, the end that follows a_t
+
+    repeat for every environment step t:                                            (see `train`)
+        ACT                  z_t ~ encoder(o_t); a_t ~ actor(z_t, d_{t-1}); play a_t
+        STORE                o_t, a_t, r_t, e_t in the replay
+        every few steps:
+        TRAIN WORLD MODEL    draw windows of the replay, those least trained on first (DFS)
+                             z ~ encoder(o); d = Mamba-2(z, a); redraw o from z
+                             from d_t foretell z_{t+1}, r_t, e_t
+        IMAGINE              draw moments of the replay to dream on from (DFS)
+                             repeat: a ~ actor(z, d); d = Mamba-2(z, a); z ~ prior(d)
+        TRAIN ACTOR-CRITIC   critic: the return of a dream; actor: what did better than expected
+        LOG, SAVE
 
     code          paper    shape                 meaning
     frame         o_t      (b, l, H, W, 3)       what the player sees, uint8
-    z             z_t      (b, l, K, C)          latent: K categoricals of C classes, one-hot
+    z             z_t      (b, l, K, C)          latent, one-hot; flat, (b, l, K*C), as an input
     action        a_t      (b, l)                index into the game's minimal action set
     reward        r_t      (b, l)                follows a_t
     terminated    e_t      (b, l)                1 where a_t ended the game or cost a life
     first                  (b, l)                1 where o_t opens an episode
-    d             d_t      (b, l, d_model)       the sequence model's output after (z_t, a_t)
-    state         h_t      (b, h, p, n)          the state space model's memory
-    v, b                   (rows,)               DFS: times trained on, times dreamt from
+    d             d_t      (b, l, d_model)       all that the past up to a_t says of what comes
+    state         h_t      (b, h, p, n)          the memory of a Mamba-2 layer (section 6)
+    trained, dreamt  v, b  (rows,)               windows that started at a row (section 3)
 
+Small letters in shapes are sizes: b batch, l length, K categoricals, C classes.
+Sources: [1] Drama, arXiv 2410.08893v4. [2] Mamba-2 (SSD), arXiv 2405.21060. [3] Mamba, arXiv
+2312.00752. [4] DreamerV3, arXiv 2301.04104. [5] STORM, arXiv 2310.09615. [6] SimPLe, 1903.00374.
 Left out: other world models, continuous actions, several training environments, data parallelism.
 NOTE(k) marks a departure from the paper or the published code; the README lists them.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import copy
 import csv
 import ctypes
 import dataclasses
 import difflib
+import errno
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -56,99 +85,88 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ---- 1 Config -----------------------------------------------------------------------------------
-
-
-class Refusal(Exception):
-    """What the user has to mend: one line on stderr, then exit code `code`."""
-
-    def __init__(self, message: str, code: int = 2):
-        super().__init__(message)
-        self.code = code
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether Python, CUDA or PyTorch's CPU allocator says that memory ran out."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "allocate memory"))
+# ---- 1 Settings ---------------------------------------------------------------------------------
 
 
 def opt(default, text: str, low=None, high=None, choices=None):
-    """A Config field: default of preset `paper`, the line for --help, the values allowed."""
+    """A setting: its value in preset `paper`, its line for --help, the values allowed."""
     return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting. The defaults are preset `paper`, the figures of [1]; see PRESETS."""
+    """Every setting, those first that a reader must know; the others can wait until they are used.
 
+    The defaults are preset `paper`, the figures of [1]; PRESETS, below, holds what others change.
+    """
+
+    # what to run
     game: str = opt("Pong", "a game of ALE, such as Pong, or GridWorld")
-    preset: str = opt("auto", "sizes and rates; auto: gridworld for it, paper on CUDA, else laptop",
-                      choices=("auto", "paper", "laptop", "gridworld", "tiny"))
+    preset: str = opt("auto", "sizes and rates; auto: gridworld for that game, else laptop",
+                      choices=("auto", *"paper laptop gridworld tiny".split()))
     steps: int = opt(100_000, "environment steps in all; an Atari step is 4 frames", 1, 100_000_000)
-    seed: int = opt(0, "seed of every random generator", 0, 2**30)
+    seed: int = opt(0, "seed of every random generator; with --eval, of the episodes", 0, 2**30)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
     out: str = opt("", "run folder; empty: runs/<game>-<seed>")
     eval: int = opt(0, "play so many episodes from the checkpoint, do not train", 0, 100_000)
-    eval_envs: int = opt(4, "environments that play at once in --eval", 1, 256)
+    checkpoint: str = opt("", "with --eval: a file of weights to play from, no run folder needed")
+    # the dozen that matter
+    categoricals: int = opt(32, "K: categoricals (dice) in a latent", 1, 256)
+    classes: int = opt(32, "C: classes (faces) of a categorical", 2, 256)
+    d_model: int = opt(512, "width of the sequence model", 1, 8192)
+    batch_size: int = opt(16, "windows in an update of the world model", 1, 4096)
+    batch_length: int = opt(128, "frames in a window", 2, 65536)
+    train_every: int = opt(1, "environment steps between updates", 1, 100_000)
+    sampler: str = opt("dfs", "what to train on and dream from", choices=("dfs", "uniform"))
+    temperature: float = opt(10.0, "DFS: temperature of the softmax over counts", 1e-3, 1e9)
+    dreams: int = opt(1024, "dreams in an update of actor and critic", 1, 65536)
+    horizon: int = opt(16, "steps of a dream", 1, 1024)
+    model_lr: float = opt(1e-4, "world model: learning rate", 1e-8, 1.0)
+    actor_lr: float = opt(3e-5, "actor and critic: learning rate", 1e-8, 1.0)
+    entropy: float = opt(3e-4, "weight of the policy's entropy", 0.0, 10.0)
     # frames and latents
     image_size: int = opt(64, "height and width of a frame", 8, 256)
     cnn_width: int = opt(16, "channels of the first convolution, times 1, 2, 3, 4, 4", 1, 512)
     cnn_kernel: int = opt(5, "taps of a convolution each way", choices=(3, 5, 7))
     first_stride: int = opt(1, "stride of the first convolution; the others have 2", 1, 4)
-    categoricals: int = opt(32, "K: categoricals in a latent", 1, 256)
-    classes: int = opt(32, "C: classes of a categorical", 2, 256)
     unimix: float = opt(0.01, "share of the uniform distribution in every categorical", 0.0, 0.5)
     # sequence model and heads
-    d_model: int = opt(512, "width of the sequence model", 1, 8192)
     layers: int = opt(2, "Mamba-2 layers", 1, 64)
     d_state: int = opt(16, "n: state size of a channel", 1, 1024)
     d_conv: int = opt(4, "taps of the causal convolution", 1, 16)
     expand: int = opt(2, "inner width over d_model", 1, 8)
     headdim: int = opt(64, "p: channels of an SSM head", 1, 1024)
-    chunk_size: int = opt(32, "tokens in a chunk of the scan", 1, 4096)
+    chunk_size: int = opt(32, "tokens that the scan computes in parallel", 1, 4096)
     dropout: float = opt(0.1, "dropout on each Mamba-2 layer's output", 0.0, 0.9)
     head_units: int = opt(256, "hidden units of the reward and termination heads", 1, 8192)
     bins: int = opt(255, "two-hot bins of rewards and values", 3, 4095)
     bin_limit: float = opt(20.0, "largest symlog value in the bins", 1.0, 50.0)
-    # world model training
-    batch_size: int = opt(16, "sequences in an update", 1, 4096)
-    batch_length: int = opt(128, "frames in a sequence", 2, 65536)
+    # training the world model
     warmup: int = opt(1032, "random steps before learning starts", 1, 10_000_000)
-    train_every: int = opt(1, "environment steps between updates", 1, 100_000)
     decoded: float = opt(1.0, "share of a batch's frames that are decoded and compared", 0.01, 1.0)
     free_bits: float = opt(1.0, "KL below this is not trained on, in nats", 0.0, 1000.0)
-    representation_scale: float = opt(0.1, "weight of KL[post || sg(prior)]", 0.0, 100.0)
+    representation_scale: float = opt(0.1, "weight of the posterior's way to the prior", 0.0, 100.0)
     mean_frame: bool = opt(False, "the decoder starts at the mean of the random steps' frames")
-    see_first: int = opt(0, "updates on reconstruction alone; in twice as many the rest grows in; "
-                         "then dreams begin", 0, 10_000_000)
-    model_lr: float = opt(1e-4, "world model: learning rate", 1e-8, 1.0)
+    see_first: int = opt(0, "updates on reconstruction alone; the rest grows in later", 0, 10**7)
     model_clip: float = opt(1000.0, "world model: largest gradient norm", 1e-3, 1e9)
     weight_decay: float = opt(1e-4, "world model: weight decay of matrices and kernels", 0.0, 1.0)
     lr_warmup: int = opt(1000, "updates of linear learning-rate warm-up", 1, 10_000_000)
-    sampler: str = opt("dfs", "what to train on and dream from", choices=("dfs", "uniform"))
-    temperature: float = opt(10.0, "DFS: temperature of the softmax over counts", 1e-3, 1e9)
     # dreams, actor, critic
-    dreams: int = opt(1024, "dreams in an update", 1, 65536)
     context: int = opt(8, "real frames that a dream starts from", 2, 1024)
-    horizon: int = opt(16, "steps of a dream", 1, 1024)
     stored_latents: bool = opt(False, "contexts from latents kept at a frame's last encoding")
     actor_units: int = opt(256, "actor: hidden units", 1, 8192)
     critic_units: int = opt(512, "critic: hidden units", 1, 8192)
     hidden_layers: int = opt(3, "actor and critic: hidden layers", 1, 16)
     gamma: float = opt(0.985, "discount of a step", 0.0, 1.0)
     lam: float = opt(0.95, "lambda of the lambda-return", 0.0, 1.0)
-    entropy: float = opt(3e-4, "weight of the policy's entropy", 0.0, 10.0)
     return_decay: float = opt(0.99, "EMA of the returns' 5-95 percentile range", 0.0, 1.0)
     slow_decay: float = opt(0.98, "EMA of the slow critic's weights", 0.0, 1.0)
-    actor_lr: float = opt(3e-5, "actor and critic: learning rate", 1e-8, 1.0)
     actor_eps: float = opt(1e-5, "actor and critic: Adam's epsilon", 1e-12, 1.0)
     actor_clip: float = opt(100.0, "actor and critic: largest gradient norm", 1e-3, 1e9)
-    act_context: int = opt(16, "steps that acting rebuilds its state from; 0: carry it", 0, 1024)
     # machine, keeping, showing
-    precision: str = opt("auto", "auto: bfloat16 on CUDA, on a CPU only where it measures faster",
-                         choices=("auto", "float32", "bfloat16"))
-    compile: str = opt("auto", "torch.compile, on CUDA only; auto or off", choices=("auto", "off"))
+    eval_envs: int = opt(4, "environments that play at once in --eval", 1, 256)
+    precision: str = opt("auto", "auto: the faster", choices=("auto", "float32", "bfloat16"))
+    compile: str = opt("auto", "torch.compile, on CUDA only", choices=("auto", "off"))
     log_every: int = opt(100, "environment steps between rows of metrics.csv", 1, 1_000_000)
     save_every: float = opt(120.0, "seconds between checkpoints", 0.0, 1e6)
     draw_every: float = opt(400.0, "seconds between pictures", 0.0, 1e9)
@@ -157,12 +175,9 @@ class Config:
     @property
     def cnn(self) -> list[tuple[int, int]]:
         """(channels, stride) of each convolution, from image_size down to a 4x4 map."""
-        size, stages = self.image_size // self.first_stride, [(self.cnn_width, self.first_stride)]
-        for multiple in CNN_MULTIPLES[1:]:
-            if size > CNN_MAP:
-                stages.append((self.cnn_width * multiple, 2))
-                size //= 2
-        return stages
+        halvings = int(math.log2(max(1, self.image_size // self.first_stride // CNN_MAP)))
+        strides = [self.first_stride] + [2] * min(halvings, len(CNN_MULTIPLES) - 1)
+        return [(self.cnn_width * multiple, s) for multiple, s in zip(CNN_MULTIPLES, strides)]
 
     @property
     def d_z(self) -> int:
@@ -176,7 +191,6 @@ class Config:
 
 
 CNN_MULTIPLES, CNN_MAP, CNN_PATCH = (1, 2, 3, 4, 4), 4, 4
-ANYTIME = {"steps", "device", "out", "eval", "eval_envs", "compile", "save_every", "draw_every"}
 PRESETS = {
     "paper": {},
     "laptop": dict(  # a row is drawn 1/16 as often as in paper, hence DFS's lower temperature
@@ -187,10 +201,10 @@ PRESETS = {
     "gridworld": dict(
         steps=10_000, first_stride=4, categoricals=16, classes=16, d_model=128, head_units=128,
         batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1, see_first=50,
-        mean_frame=True, dreams=256, context=3, horizon=2, act_context=4, stored_latents=True,
+        mean_frame=True, dreams=256, context=3, horizon=2, stored_latents=True,
         actor_units=128, critic_units=128, hidden_layers=2, model_lr=2e-3, actor_lr=5e-4,
         entropy=1e-2, lr_warmup=50),
-    "tiny": dict(
+    "tiny": dict(  # for tests
         image_size=16, cnn_width=4, first_stride=2, categoricals=4, classes=6, d_model=16,
         headdim=8, d_state=4, chunk_size=4, head_units=16, bins=41, batch_size=3, batch_length=10,
         warmup=40, train_every=8, dreams=7, context=4, horizon=5, stored_latents=True,
@@ -198,67 +212,15 @@ PRESETS = {
         log_every=20, picture_steps=12),
 }
 
-
-def validate(cfg: Config) -> None:
-    """Raise Refusal where a value is out of its range or two values do not fit together."""
-    for f in dataclasses.fields(cfg):
-        value, m = getattr(cfg, f.name), f.metadata
-        if m["choices"] and value not in m["choices"]:
-            raise Refusal(f"--{f.name} {value}: choose from {', '.join(map(str, m['choices']))}")
-        if m["low"] is not None and not m["low"] <= value <= m["high"]:
-            raise Refusal(f"--{f.name} {value}: must lie from {m['low']} to {m['high']}")
-    if cfg.image_size != CNN_MAP * np.prod([stride for _, stride in cfg.cnn]):
-        raise Refusal(f"--image_size {cfg.image_size} --first_stride {cfg.first_stride}: size over "
-                      "stride must be 4, 8, 16, 32 or 64")
-    if cfg.expand * cfg.d_model % cfg.headdim:
-        raise Refusal(f"--headdim {cfg.headdim}: does not divide expand * d_model = "
-                      f"{cfg.expand * cfg.d_model}")
-    if cfg.game != "GridWorld":
-        rom_name(cfg.game)
-    shortest = max(cfg.batch_size + cfg.batch_length, cfg.context)
-    if cfg.warmup < shortest:
-        raise Refusal(f"--warmup {cfg.warmup}: the first update needs {shortest} steps, batch_size "
-                      "+ batch_length or --context; raise --warmup or lower those")
-
-
 # ---- 2 Environments -----------------------------------------------------------------------------
-
-# Atari 100k, mean scores as published in [6], [1] (DramaXS), [4] and [5].
-COLUMNS = ("random", "human", "Drama", "DreamerV3", "STORM")
-SCORES = {game: dict(zip(COLUMNS, map(float, scores))) for game, *scores in map(str.split, """\
-    Alien 227.8 7127.7 820 978.4 983.6            | Amidar 5.8 1719.5 131 94.3 204.8
-    Assault 222.4 742 539 629.8 801               | Asterix 210 8503.3 1632 955.3 1028
-    BankHeist 14.2 753.1 137 320.5 641.2          | BattleZone 2360 37187.5 10860 18335.7 13540
-    Boxing 0.1 12.1 78 79.4 79.7                  | Breakout 1.7 30.5 7 9 15.9
-    ChopperCommand 811 7387.8 1642 1639 1888      | CrazyClimber 10780.5 35829.4 83931 76583.3 66776
-    DemonAttack 152.1 1971 201 369.2 164.6        | Freeway 0 29.6 15 0 0
-    Frostbite 65.2 4334.7 785 3036.4 1316         | Gopher 257.6 2412.5 2757 2321.6 8239.6
-    Hero 1027 30826.4 7946 13344.3 11044.3        | Jamesbond 29 302.8 372 524.2 509
-    Kangaroo 52 3035 1384 2996.1 4208             | Krull 1598 2665.5 9693 7683.5 8412.6
-    KungFuMaster 258.5 22736.3 23920 23301.7 26182| MsPacman 307.3 6951.6 2270 1525.8 2673.5
-    Pong -20.7 14.6 15 -4.2 11.3                  | PrivateEye 24.9 69571.3 90 3086.7 7781
-    Qbert 163.9 13455 796 2066.1 4522.5           | RoadRunner 11.5 7845 14020 18196.9 17564
-    Seaquest 68.4 42054.7 497 815.5 525.2         | UpNDown 533.4 11693.2 7387 43777.6 7985
-    """.strip().replace("|", "\n").splitlines())}
-
-
-def rom_name(game: str) -> str:
-    """ALE's name of a game, MsPacman -> ms_pacman; Refusal, with the nearest names, if none."""
-    ids = ale_py.roms.get_all_rom_ids()
-    roms = {"".join(map(str.capitalize, rom.split("_"))): rom for rom in ids}
-    if game not in roms:
-        lower = {name.lower(): name for name in [*roms, "GridWorld"]}
-        near = [lower[n] for n in difflib.get_close_matches(game.lower(), lower, n=3, cutoff=0.4)]
-        hint = f"; did you mean {', '.join(near)}?" if near else "; try Pong or GridWorld"
-        raise Refusal(f"--game {game}: no such game" + hint)
-    return roms[game]
 
 
 def make_env(game: str, num_envs: int, image_size: int) -> VectorEnv:
-    """A vector environment: frames (n, 1, H, W, 3) uint8, rewards, ends (n,), NEXT_STEP autoreset.
+    """A vector environment: frames (n, 1, H, W, 3) uint8, rewards (n,), ends (n,).
 
     Atari follows [6]: frame skip 4, maximum of the last two frames, no sticky actions, the minimal
     action set, raw rewards. A lost life shows as `terminated` (what is learnt), not as an end.
+    After an end the next `step` ignores its action and returns the next episode's first frame.
     """
     if game == "GridWorld":
         return GridWorld(num_envs, image_size)
@@ -283,6 +245,7 @@ class GridWorld(VectorEnv):
 
     SIDE, STEPS, MOVES = 3, 64, ((-1, 0), (1, 0), (0, -1), (0, 1))
     WALL, FLOOR, AGENT, GOAL = (0, 0, 0), (160, 160, 160), (255, 0, 0), (255, 255, 0)
+    BEST = 31.85  # expected return of a perfect player (value iteration, in test_drama.py)
 
     def __init__(self, num_envs: int, image_size: int):
         self.num_envs, self.size = num_envs, image_size
@@ -293,13 +256,14 @@ class GridWorld(VectorEnv):
         agent, goal = self.np_random.choice(cells, 2, replace=False)
         self.agent[i], self.goal[i] = divmod(agent, self.SIDE), divmod(goal, self.SIDE)
 
-    def _frames(self) -> np.ndarray:
+    def frames(self) -> np.ndarray:
+        """What is to be seen now: (n, 1, H, W, 3) uint8."""
         grid = np.full((self.num_envs, self.SIDE + 2, self.SIDE + 2, 3), self.WALL, np.uint8)
         grid[:, 1:-1, 1:-1] = self.FLOOR
         for cells, colour in ((self.goal, self.GOAL), (self.agent, self.AGENT)):
             grid[np.arange(self.num_envs), cells[:, 0] + 1, cells[:, 1] + 1] = colour
-        pixel = np.arange(self.size) * grid.shape[1] // self.size
-        return grid[:, None, pixel][:, :, :, pixel]
+        cell = np.arange(self.size) * grid.shape[1] // self.size  # the cell that a pixel shows
+        return grid[:, None, cell][:, :, :, cell]
 
     def reset(self, *, seed=None, options=None):
         """Start every episode -> (frames, info)."""
@@ -308,7 +272,7 @@ class GridWorld(VectorEnv):
         self.time = np.zeros(self.num_envs, np.int64)
         for i in range(self.num_envs):
             self._place(i)
-        return self._frames(), {"lives": np.zeros(self.num_envs, np.int64)}
+        return self.frames(), {"lives": np.zeros(self.num_envs, np.int64)}
 
     def step(self, actions):
         """One step; the step after an end ignores the action and opens the next episode."""
@@ -324,7 +288,7 @@ class GridWorld(VectorEnv):
                 reward[i] = 1
                 self._place(i)
         info = {"lives": np.zeros(self.num_envs, np.int64)}
-        return self._frames(), reward, np.zeros(self.num_envs, bool), self.time == self.STEPS, info
+        return self.frames(), reward, np.zeros(self.num_envs, bool), self.time == self.STEPS, info
 
     def state_dict(self) -> dict:
         """All that the next step depends on: ALE's vector environment has no such thing."""
@@ -337,18 +301,24 @@ class GridWorld(VectorEnv):
         self.time = np.array(saved["time"])
         self.np_random.bit_generator.state = json.loads(saved["rng"])
 
-    @classmethod
-    def best_return(cls) -> float:
-        """Expected return of a perfect player: paths of |dy| + |dx| steps, then the steps left."""
-        cells = [(y, x) for y in range(cls.SIDE) for x in range(cls.SIDE)]
-        paths = [abs(y - v) + abs(x - u) for y, x in cells for v, u in cells if (y, x) != (v, u)]
-        best = [0.0]  # best[t]: a fresh placement with t steps left
-        for t in range(1, cls.STEPS + 1):
-            best.append(sum(1 + best[t - s] for s in paths if s <= t) / len(paths))
-        return best[-1]
-
 
 # ---- 3 Replay and DFS ---------------------------------------------------------------------------
+#
+# DFS is dynamic frequency-based sampling, no graph search. In a buffer that grows, uniform draws
+# train on old rows far more often than on new ones, and dreams start where the world model has
+# hardly been trained. So two counts are kept for each row: `trained` (v in [1]), how many training
+# windows STARTED there, and `dreamt` (b in [1]), how many dreams did.
+
+
+def dfs_sequence_logits(trained: Tensor, temperature: float) -> Tensor:
+    """P(i) = softmax(-v_i / temperature): train on what was trained on least [1]."""
+    return -trained / temperature
+
+
+def dfs_dream_logits(trained: Tensor, dreamt: Tensor, s: float, temperature: float) -> Tensor:
+    """P(i) = softmax(min(0, v_i - b_i / s) / temperature): hold back what was dreamt from more than
+    it was trained on [1]. s, dreams for each training window, brings b to the scale of v."""
+    return (trained - dreamt / s).clamp(max=0) / temperature
 
 
 class Batch(NamedTuple):
@@ -362,111 +332,103 @@ class Batch(NamedTuple):
     first: Tensor  # (b, l) bool
 
 
-def gumbel(like: Tensor) -> Tensor:
-    """Gumbel noise: argmax(logits + noise) draws from softmax(logits), top k draws k distinct."""
-    tiny = torch.finfo(torch.float32).tiny
-    return -torch.empty_like(like, dtype=torch.float32).exponential_().clamp_min(tiny).log()
-
-
-def dfs_sequence_logits(v: Tensor, temperature: float) -> Tensor:
-    """P(i) = softmax(-v_i / temperature): train on what was trained on least [1]."""
-    return -v / temperature
-
-
-def dfs_dream_logits(v: Tensor, b: Tensor, s: float, temperature: float) -> Tensor:
-    """P(i) = softmax(min(0, v_i - b_i / s) / temperature): hold back what was dreamt from more
-    often than it was trained on [1]."""
-    return (v - b / s).clamp(max=0) / temperature
-
-
 class Replay:
-    """All that was seen, a row an environment step, in the order of time, on the training device;
-    the frames lie in a file too.
+    """All that was seen, a row for each environment step in the order of time, on the device.
 
-        row        t             t+1           t+2
-        frame      o_t           o_t+1         o_t+2    the frame that a_t answers
-        action     a_t           a_t+1         a_t+2
-        reward     r_t           r_t+1         r_t+2    FOLLOWS a_t, as does terminated e_t
-        first      1             0             0        o_t opens an episode
-        predicted  z_t+1,r_t,e_t    z_t+2, …            from d_t = f(z_0,a_0 … z_t,a_t)
+        row           t            t+1          t+2
+        frame         o_t          o_{t+1}      o_{t+2}      the frame that the action answers
+        action        a_t          a_{t+1}      a_{t+2}
+        reward        r_t          r_{t+1}      r_{t+2}      FOLLOWS the action,
+        terminated    e_t          e_{t+1}      e_{t+2}      and so does the end
+        first         1            0            0            o_t opens an episode
 
-    An episode's closing frame has no action and gets no row; the next row opens the next episode.
-    Windows may cross that line: `first` clears the model's state there. The buffer holds the whole
-    run, so it has no seam.
+        d_t = f(z_0,a_0, .., z_t,a_t)  foretells  z_{t+1} of the next row, and r_t, e_t of its own
+
+    The frame after an episode's end has no action and gets no row; the next row opens the next
+    episode. A lost life is an end to learn (terminated = 1), but the episode goes on (first = 0).
+    A truncation is the reverse: nothing was terminated, yet the next row is first. A window may
+    hold the end of one episode and the start of the next: `first` clears the model's state there.
+    The buffer holds the whole run, so row i+1 always follows row i: there is no seam.
     """
 
-    COLUMNS = ("action", "reward", "terminated", "first", "latent", "v", "b")
+    COLUMNS = ("action", "reward", "terminated", "first", "latent", "trained", "dreamt")
 
-    def __init__(self, path: Path, cfg: Config, device: torch.device):
+    def __init__(self, cfg: Config, device: torch.device):
         self.cfg, self.device, self.size = cfg, device, 0
         rows, side = cfg.steps, cfg.image_size
-        self.frame = np.memmap(path, np.uint8, "r+", shape=(rows, side, side, 3))
-        self.on_device = torch.from_numpy(self.frame).to(device)  # a copy; on the CPU, the file
         with device:
+            self.frame = torch.empty(rows, side, side, 3, dtype=torch.uint8)
             self.action = torch.zeros(rows, dtype=torch.int64)
             self.reward = torch.zeros(rows)
             self.terminated = torch.zeros(rows, dtype=torch.bool)
             self.first = torch.zeros(rows, dtype=torch.bool)
             self.latent = torch.zeros(rows, cfg.categoricals, dtype=torch.uint8)  # classes
-            self.v = torch.zeros(rows, dtype=torch.int32)
-            self.b = torch.zeros(rows, dtype=torch.int32)
+            self.trained = torch.zeros(rows, dtype=torch.int32)
+            self.dreamt = torch.zeros(rows, dtype=torch.int32)
 
     def add(self, frame, action, reward, terminated, first, latent) -> None:
         """Append one row: frame (H, W, 3) uint8, four numbers, latent (K,) classes."""
+        if not math.isfinite(reward):
+            raise FloatingPointError("the game's reward")
         i = self.size
-        self.frame[i], self.on_device[i] = frame, torch.from_numpy(frame)
-        self.action[i], self.reward[i], self.latent[i] = int(action), float(reward), latent
-        self.terminated[i], self.first[i] = bool(terminated), bool(first)
+        self.frame[i], self.action[i], self.reward[i] = torch.from_numpy(frame), int(action), reward
+        self.terminated[i], self.first[i], self.latent[i] = bool(terminated), bool(first), latent
         self.size += 1
 
     def _draw(self, k: int, length: int, logits: Tensor) -> Tensor:
-        n = self.size - length + 1
-        noisy = gumbel(self.v[:n]) + (logits[:n] if self.cfg.sampler == "dfs" else 0)
+        """Rows (k, length) of k windows with different starts, drawn from softmax(logits).
+
+        The k largest of logits plus Gumbel noise, -log of an exponential variable, are such a draw.
+        No count is ever put through exp: a million apart, it would underflow.
+        """
+        n = self.size - length + 1  # as many starts there are; fewer than k while the run is short
+        tiny = torch.finfo(torch.float32).tiny
+        noise = -torch.empty(n, device=self.device).exponential_().clamp_min(tiny).log()
+        noisy = noise + (logits[:n] if self.cfg.sampler == "dfs" else 0)
         starts = noisy.topk(min(k, n)).indices
-        return starts[:, None] + torch.arange(length, device=self.device)  # (k, length)
+        return starts[:, None] + torch.arange(length, device=self.device)
 
     def draw_sequences(self) -> Tensor:
-        """Rows (b, l) for a world model update; no start twice; their starts' v grows by 1."""
+        """Rows (b, l) for a world model update; no start twice; each start is counted."""
         rows = self._draw(self.cfg.batch_size, self.cfg.batch_length,
-                          dfs_sequence_logits(self.v, self.cfg.temperature))
-        self.v[rows[:, 0]] += 1
+                          dfs_sequence_logits(self.trained, self.cfg.temperature))
+        self.trained[rows[:, 0]] += 1
         return rows
 
     def draw_contexts(self) -> Tensor:
-        """Rows (dreams, context) to dream from; no start twice; their starts' b grows by 1."""
-        s = self.cfg.dreams / self.cfg.batch_size
-        rows = self._draw(self.cfg.dreams, self.cfg.context,
-                          dfs_dream_logits(self.v, self.b, s, self.cfg.temperature))
-        self.b[rows[:, 0]] += 1
+        """Rows (dreams, context) to dream from; no start twice; each start is counted."""
+        dreams_per_window = self.cfg.dreams / self.cfg.batch_size
+        rows = self._draw(self.cfg.dreams, self.cfg.context, dfs_dream_logits(
+            self.trained, self.dreamt, dreams_per_window, self.cfg.temperature))
+        self.dreamt[rows[:, 0]] += 1
         return rows
 
     def batch(self, rows: Tensor) -> Batch:
         """The windows at rows (b, l)."""
-        frame = self.on_device.index_select(0, rows.flatten())  # [rows] is slower on a CPU
+        frame = self.frame.index_select(0, rows.flatten())  # [rows] is slower on a CPU
         return Batch(rows, frame.unflatten(0, rows.shape), self.action[rows],
                      self.reward[rows], self.terminated[rows].float(), self.first[rows])
 
-    def mean_frame(self) -> Tensor:
-        """The mean of all frames, (H, W, 3) in 0..1."""
-        return torch.from_numpy(self.frame[:self.size].mean(0) / 255).float().to(self.device)
-
     def state_dict(self) -> dict:
-        """The rows so far less the frames, which are flushed to their file."""
-        self.frame.flush()
+        """The rows so far less their frames, which have a file of their own."""
         return {name: getattr(self, name)[:self.size].clone() for name in self.COLUMNS}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Go on from `state_dict`; rows of the frame file past its count are not believed."""
+        """Go on from `state_dict`."""
         self.size = len(saved["action"])
         for name in self.COLUMNS:
             getattr(self, name)[:self.size] = saved[name]
+
+    def mean_frame(self) -> Tensor:
+        """The mean of all frames, (H, W, 3) in 0..1."""
+        return self.frame[:self.size].sum(0) / (255 * self.size)
 
 
 # ---- 4 Small maths ------------------------------------------------------------------------------
 
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) ln(1 + |x|) [4]: squashes rewards and values of any scale."""
+    """sign(x) ln(1 + |x|) [4]: one scale for rewards of 1 and of 10,000."""
     return x.sign() * x.abs().log1p()
 
 
@@ -476,7 +438,12 @@ def symexp(x: Tensor) -> Tensor:
 
 
 class TwoHot(nn.Module):
-    """Numbers as distributions over evenly spaced symlog bins [4]: x (...), logits (..., bins)."""
+    """Numbers as distributions over evenly spaced symlog bins [4]: x (...), logits (..., bins).
+
+    Why a distribution for a number? Cross-entropy's gradient does not grow with the size of the
+    number, as a squared error's does, and "1 or nothing" can be said, not only "about a half".
+    Example: with bins at .., 0, 1, .. the number 1, symlog(1) = 0.69, has weights 0.31 and 0.69.
+    """
 
     def __init__(self, bins: int, limit: float):
         super().__init__()
@@ -499,59 +466,83 @@ class TwoHot(nn.Module):
 
 
 def unimix(logits: Tensor, share: float) -> Tensor:
-    """log((1 - share) softmax(logits) + share / C) over the last axis, the CLASSES."""
+    """log((1 - share) softmax(logits) + share / C) over the last axis, the classes.
+
+    No class ever falls below share / C, so that no logarithm meets a zero. C is the number of
+    classes; the published code divides by K, which nobody notices while K = C = 32.
+    """
     probs = logits.float().softmax(-1)
     mixed = (1 - share) * probs + share / logits.shape[-1]
     return mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log()
 
 
 def draw_one_hot(logp: Tensor) -> Tensor:
-    """A one-hot sample of each categorical in logp (..., C): one random number each, where Gumbel
-    noise takes C."""
+    """A one-hot sample of each categorical in logp (..., C): the first class at which the summed
+    probability passes a uniform random number."""
     below = logp.exp().cumsum(-1) < torch.rand_like(logp[..., :1])
     return F.one_hot(below[..., :-1].sum(-1), logp.shape[-1]).to(logp.dtype)
 
 
 def straight_through(logp: Tensor) -> Tensor:
-    """A one-hot sample whose gradient is that of the probabilities [4]."""
+    """A one-hot sample with the gradient of the probabilities [4].
+
+    Forward it is the sample: probs - probs adds 0. A sample has no gradient, so going backward it
+    passes for the probabilities themselves. That is biased, and works.
+    """
     probs = logp.exp()
     return draw_one_hot(logp) + probs - probs.detach()
 
 
 def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL[p || q] of K independent categoricals, (..., K, C) -> (...), in nats."""
+    """KL[p || q] of K independent categoricals, (..., K, C) -> (...), in nats: how many nats more
+    it takes to write down draws of p with a code made for q."""
     return (logp.exp() * (logp - logq)).sum((-2, -1))
 
 
 def free_bits(kl: Tensor, threshold: float) -> Tensor:
-    """max(threshold, KL): no gradient where the KL is below it [4]."""
+    """max(threshold, KL): no gradient below the threshold [4]. Once a latent is foretold that well
+    it is not squeezed any further, or it would forget the picture."""
     return kl.clamp(min=threshold)
 
 
 def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
     """R_t = r_t + gamma (1 - e_t) ((1 - lam) V_{t+1} + lam R_{t+1}), R_H = V_H [4].
 
-    reward, end (b, H); value (b, H+1) -> (b, H). NOTE(1): the published code has V_t for V_{t+1}.
+    reward, end (b, H); value (b, H+1) -> (b, H), for dreams of H steps. lam = 0 is the one-step
+    target of Q-learning; lam = 1 sums the whole dream and trusts the critic at its end alone.
     Example: r = (1, 1), e = 0, V = (9, 2, 4), gamma = lam = 0.5: R_1 = 3, R_0 = 1 + 0.5 (1 + 1.5).
+    NOTE(1): the published code has V_t for V_{t+1}. Then a state is its own successor, and a move
+    to a better one earns nothing by the critic's word.
     """
-    R, out = value[:, -1], []
-    for r, e, v in zip(*(x.unbind(1)[::-1] for x in (reward, end, value[:, 1:]))):
-        R = r + gamma * (1 - e) * ((1 - lam) * v + lam * R)
-        out.append(R)
-    return torch.stack(out[::-1], 1)
+    R, returns = value[:, -1], []
+    for t in reversed(range(reward.shape[1])):
+        R = reward[:, t] + gamma * (1 - end[:, t]) * ((1 - lam) * value[:, t + 1] + lam * R)
+        returns.append(R)
+    return torch.stack(returns[::-1], 1)
 
 
-# ---- 5 VAE --------------------------------------------------------------------------------------
+# ---- 5 Encoder and decoder ----------------------------------------------------------------------
+#
+# Together they are the autoencoder of the VAE. What makes it variational, the random latent between
+# them and the KL, is in WorldModel.
+
+
+def pixels(frame: Tensor) -> Tensor:
+    """(..., H, W, 3) uint8 -> (n, 3, H, W) float in 0..1, in the channels_last memory format."""
+    return frame.flatten(0, -4).permute(0, 3, 1, 2).float() / 255
 
 
 class Encoder(nn.Sequential):
-    """Frames (n, 3, H, W) in 0..1 -> (n, 4*4*channels): strided convolutions down to a 4x4 map."""
+    """Frames (n, 3, H, W) in 0..1 -> (n, 4*4*channels): strided convolutions down to a 4x4 map.
+
+    Sizes in `paper`: 64, 64, 32, 16, 8, 4. A first stride of 4 cuts the frame into 4x4 patches.
+    """
 
     def __init__(self, cfg: Config):
         layers, channels = [], 3
         for width, stride in cfg.cnn:
-            kernel, padding = ((stride, 0) if stride == CNN_PATCH else
-                               (cfg.cnn_kernel, cfg.cnn_kernel // 2))
+            kernel = stride if stride == CNN_PATCH else cfg.cnn_kernel
+            padding = 0 if stride == CNN_PATCH else cfg.cnn_kernel // 2
             layers += [nn.Conv2d(channels, width, kernel, stride, padding), nn.BatchNorm2d(width),
                        nn.SiLU()]
             channels = width
@@ -567,7 +558,7 @@ class Decoder(nn.Sequential):
                                         nn.Unflatten(1, (widths[-1], CNN_MAP, CNN_MAP))]
         for width, stride in zip((*widths[-2::-1], 3), reversed(strides)):
             layers += [nn.BatchNorm2d(channels), nn.SiLU()]
-            if stride == CNN_PATCH:
+            if stride == CNN_PATCH:  # a 1x1 convolution writes the 16 pixels of each patch
                 layers += [nn.Conv2d(channels, width * stride**2, 1), nn.PixelShuffle(stride)]
             else:
                 layers += [nn.ConvTranspose2d(channels, width, cfg.cnn_kernel, stride,
@@ -584,9 +575,9 @@ class Decoder(nn.Sequential):
     def start_at(self, frame: Tensor) -> None:
         """Begin where any latent decodes to about this frame (H, W, 3) in 0..1, random play's mean.
 
-        NOTE(8): while a decoder has yet to find the background, a noisy latent costs more than it
-        tells: the posterior turns constant, and stays so for long. On Pong's frames, after 60 s on
-        one core, squared errors of 7.7 without this and 1.3 with it.
+        NOTE(2): while a decoder has yet to find the background, a noisy latent costs more than it
+        tells. Then the encoder gives every frame the same latent, and does so for long: posterior
+        collapse. On Pong, after 60 s on one core, squared errors of 7.7 without this, 1.3 with it.
         """
         self.mean.copy_(frame.clamp(0.02, 0.98).logit().permute(2, 0, 1))
         last = [layer for layer in self if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))][-1]
@@ -594,21 +585,70 @@ class Decoder(nn.Sequential):
         last.bias.zero_()
 
 
+def mlp(d_in: int, units: int, hidden: int, d_out: int, zero: bool = False) -> nn.Sequential:
+    """Hidden layers of Linear, RMSNorm, SiLU, then a Linear, which starts at zero if asked."""
+    layers = []
+    for i in range(hidden):
+        layers += [nn.Linear(units if i else d_in, units), nn.RMSNorm(units), nn.SiLU()]
+    layers.append(nn.Linear(units, d_out))
+    if zero:
+        nn.init.zeros_(layers[-1].weight)
+        nn.init.zeros_(layers[-1].bias)
+    return nn.Sequential(*layers)
+
+
 # ---- 6 Mamba-2 ----------------------------------------------------------------------------------
+#
+# A state space model is a recurrent net whose state changes linearly, so that a whole sequence can
+# be trained in parallel. Each head keeps a p x n matrix. At each token it forgets a little and
+# writes a little (in this section B and C are the papers' names of tensors, and no sizes):
+#
+#     state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T      (h_t in the papers)
+#     y_t     = state_t C_t
+#
+# x_t is what to write, B_t where to write it, C_t where to read, dt_t how much to write and,
+# through exp(dt_t A) in (0, 1), how much to forget. All are computed from the token; only A is a
+# weight. Unrolled, y_i is a weighted sum of all earlier x_j:
+#
+#     y_i = sum_{j<=i} (C_i . B_j) exp(S_i - S_j) dt_j x_j,   S_i = dt_1 A + .. + dt_i A
+#
+# This is attention with a decay for a softmax. With a_t = exp(dt_t A), four tokens have the decays
+#
+#     1                            row i: the token that reads
+#     a_2        1                 column j: the token that wrote
+#     a_3 a_2    a_3       1
+#     a_4 a_3 a_2  a_4 a_3  a_4  1
+
+
+def ssd_step(x, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
+    """One token: state = exp(dt A) state + dt x B^T, y = state C [2].
+
+    x (b,h,p), dt (b,h) > 0, A (h,) < 0, B and C (b,n), state (b,h,p,n) -> y (b,h,p), a NEW state.
+    float32 at least, even under autocast. Memory holds the state as (b,h,n,p), which is faster.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x, dt, A, B, C, state = at_least_float32(x, dt, A, B, C, state)
+        written = B[:, None, :, None] * (dt[..., None] * x)[:, :, None]  # (b,h,n,p)
+        state = written.addcmul_((dt * A).exp()[..., None, None], state.mT)
+        return (C[:, None, None] @ state).squeeze(-2), state.mT
 
 
 def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T, y_t = C_t^T h_t, in the chunks of [2], section 6.
+    """`ssd_step` for all tokens of a sequence, in the chunks of [2], section 6.
 
+    Inside a chunk of q tokens the unrolled sum is one q x q matrix, so all of its tokens are
+    computed at once. All that a chunk must know of its past is the state at its start.
     x (b,l,h,p), dt (b,l,h) > 0, A (h,) < 0, B and C (b,l,n), state (b,h,p,n) or None for zeros,
     first (b,l) bool or None: the state is cleared BEFORE that token. Returns y (b,l,h,p), without
     the D skip, and the last state. float32 at least, even under autocast; cost linear in l.
     """
-    b, l, h, p = x.shape
-    n, q = B.shape[-1], min(chunk_size, l)
-    pad, c = -l % q, -(-l // q)  # padded tokens have dt = 0: decay 1, no input
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size {chunk_size}: a chunk has one token or more")
+    (b, l, h, p), n = x.shape, B.shape[-1]
+    q = min(chunk_size, max(l, 1))
+    pad, c = -l % q, -(-l // q)  # c chunks of q; the last is padded with dt = 0: no decay, no input
     with torch.autocast(x.device.type, enabled=False):
-        x, dt, A, B, C = (t.float() if t.itemsize < 4 else t for t in (x, dt, A, B, C))
+        x, dt, A, B, C = at_least_float32(x, dt, A, B, C)
         if state is None:
             state = x.new_zeros(b, h, n, p).mT
         if first is None:
@@ -616,41 +656,42 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
         X = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, pad)).view(b, c, q, h, p)
         X = X.transpose(2, 3).contiguous()  # once, or every product below copies it
         B, C = (F.pad(t, (0, 0, 0, pad)).view(b, c, 1, q, n) for t in (B, C))
+        # S: the log of the decay since the chunk's start, so exp(S_i - S_j) is that from j to i
         S = F.pad(dt * A, (0, 0, 0, pad)).view(b, c, q, h).transpose(2, 3).cumsum(-1)  # (b,c,h,q)
-        segment = F.pad(first, (0, pad)).view(b, c, 1, q).cumsum(-1)  # resets since chunk's start
+        # tokens of different episodes have different numbers: they must not see each other
+        segment = F.pad(first, (0, pad)).view(b, c, 1, q).cumsum(-1)
 
         # 1 inside a chunk: y_i = sum_{j<=i, same segment} (C_i . B_j) exp(S_i - S_j) dt_j x_j
         same = (segment[..., :, None] == segment[..., None, :]).tril()  # (b,c,1,q,q)
         decay = (S[..., :, None] - S[..., None, :]).masked_fill(~same, -torch.inf).exp()
         y = (C @ B.mT * decay) @ X  # (b,c,h,q,q) @ (b,c,h,q,p)
-        # 2 what each chunk adds to the state by its end
+        # 2 what each chunk has added to the state by its end
         to_end = (S[..., -1:] - S).exp() * (segment == segment[..., -1:])  # (b,c,h,q)
-        ends = ((B * to_end[..., None]).mT @ X).mT  # (b,c,h,p,n)
-        # 3 the recurrence over chunks; unbind, as indexing costs a full-size zero gradient each
-        through = S[..., -1].exp() * (segment[..., -1] == 0)  # (b,c,h)
-        starts = []
-        for keep, end in zip(through.unbind(1), ends.unbind(1)):
-            starts.append(state)
-            state = keep[..., None, None] * state + end
-        # 4 from the state at each chunk's start to its outputs
-        from_start = S.exp() * (segment == 0)
-        y = y + (C * from_start[..., None]) @ torch.stack(starts, 1).mT
+        added = ((B * to_end[..., None]).mT @ X).mT  # (b,c,h,p,n)
+        # 3 from chunk to chunk; unbind, as indexing costs a full-size zero gradient each
+        kept = S[..., -1].exp() * (segment[..., -1] == 0)  # (b,c,h): by a whole chunk
+        before = []
+        for kept_c, added_c in zip(kept.unbind(1), added.unbind(1)):
+            before.append(state)
+            state = kept_c[..., None, None] * state + added_c
+        # 4 what the tokens of a chunk read of the state before it
+        if before:
+            from_start = S.exp() * (segment == 0)
+            y = y + (C * from_start[..., None]) @ torch.stack(before, 1).mT
         return y.transpose(2, 3).reshape(b, c * q, h, p)[:, :l], state
 
 
-def ssd_step(x, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
-    """One token of `ssd_scan`: x (b,h,p), dt (b,h), B and C (b,n) -> y (b,h,p) and a NEW state."""
-    with torch.autocast(x.device.type, enabled=False):
-        x, dt, A, B, C = (t.float() if t.itemsize < 4 else t for t in (x, dt, A, B, C))
-        new = B[:, None, :, None] * (dt[..., None] * x)[:, :, None]  # (b,h,n,p): faster, p last
-        kept = new.addcmul_((dt * A).exp()[..., None, None], state.mT)
-        return (C[:, None, None] @ kept).squeeze(-2), kept.mT
+def at_least_float32(*tensors):
+    """The tensors, those in half precision as float32."""
+    return (t.float() if t.itemsize < 4 else t for t in tensors)
 
 
 class Mamba2(nn.Module):
     """The Mamba-2 layer [2]; parameter names and layouts are those of the official layer.
 
-    in_proj's rows are z, x, B, C, dt; z gates before the norm: RMSNorm(y * silu(z)).
+        u --in_proj--+--> gate -------------------------> silu --+
+                     +--> x, B, C --conv--> silu --> scan + D x --*--> norm --out_proj--> y
+                     +--> dt --softplus-----------------^
     """
 
     def __init__(self, d_model, d_state, d_conv, expand, headdim, chunk_size):
@@ -659,8 +700,9 @@ class Mamba2(nn.Module):
         self.d_state, self.d_conv, self.heads = d_state, d_conv, expand * d_model // headdim
         channels = self.d_inner + 2 * d_state
         self.in_proj = nn.Linear(d_model, self.d_inner + channels + self.heads, bias=False)
-        self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)
-        # dt = softplus(dt_bias) starts log-uniform in [0.001, 0.1], floor 1e-4 [3]
+        self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)  # see `forward`
+        # dt = softplus(dt_bias) starts log-uniform in [0.001, 0.1], floor 1e-4, and A in [-16, -1]:
+        # at first a head forgets in one token to a thousand [3]
         dt = torch.empty(self.heads).uniform_(np.log(1e-3), np.log(1e-1)).exp().clamp(min=1e-4)
         self.dt_bias = nn.Parameter(dt + (-(-dt).expm1()).log())  # the inverse of softplus
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
@@ -683,19 +725,20 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt + self.dt_bias)
         return x.unflatten(-1, (self.heads, -1)), dt, -self.A_log.exp(), B, C
 
-    def _output(self, y, x, z):
+    def _output(self, y, x, gate):
         y = (y + self.D[:, None] * x).flatten(-2)
-        return self.out_proj(self.norm(y * F.silu(z)))
+        return self.out_proj(self.norm((y * F.silu(gate)).to(gate.dtype)))
 
     def forward(self, u: Tensor, state=None, first=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """u (b, l, d_model) -> the same shape, and the state after the last token."""
         b, l, _ = u.shape
         window, memory = state or self.initial_state(b)
-        z, xBC, dt = self._split(u)
+        gate, xBC, dt = self._split(u)
         taps = torch.cat([window.to(xBC.dtype), xBC], 1)  # (b, d_conv-1+l, channels)
         if first is None:
             first = torch.zeros(b, l, dtype=torch.bool, device=u.device)
-        # NOTE(2): a reset clears the convolution's window too: a tap counts in its own segment only
+        # NOTE(3): a reset clears the convolution's window too: a tap counts in its own segment
+        # only. nn.Conv1d cannot stop at an episode's edge, so only its weights are used
         segment = F.pad(first.cumsum(1), (self.d_conv - 1, 0))  # (b, d_conv-1+l)
         conv = self.conv1d.bias
         for k in range(self.d_conv):
@@ -704,17 +747,17 @@ class Mamba2(nn.Module):
         x, dt, A, B, C = self._inputs(conv, dt)
         y, memory = ssd_scan(x, dt, A, B, C, self.chunk_size, memory, first)
         window = taps[:, l:] * (segment[:, l:] == segment[:, -1:])[..., None]
-        return self._output(y, x, z), (window, memory)
+        return self._output(y, x, gate), (window, memory)
 
     def step(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One token: u (b, d_model) -> the same shape, and a new state."""
         window, memory = state
-        z, xBC, dt = self._split(u)
+        gate, xBC, dt = self._split(u)
         taps = torch.cat([window.to(xBC.dtype), xBC[:, None]], 1)  # (b, d_conv, channels)
         conv = self.conv1d.bias + (taps * self.conv1d.weight[:, 0].T).sum(1)
         x, dt, A, B, C = self._inputs(conv, dt)
         y, memory = ssd_step(x, dt, A, B, C, memory)
-        return self._output(y, x, z), (taps[:, 1:], memory)
+        return self._output(y, x, gate), (taps[:, 1:], memory)
 
 
 class SequenceModel(nn.Module):
@@ -730,22 +773,23 @@ class SequenceModel(nn.Module):
             for _ in range(cfg.layers))
         self.dropout, self.norm = nn.Dropout(cfg.dropout), nn.RMSNorm(d)
 
-    def _stack(self, z, action, states, call):
+    def forward(self, z: Tensor, action: Tensor, states=None, first=None) -> tuple[Tensor, list]:
+        """z (b, l, K*C), action (b, l), first (b, l) bool -> d (b, l, d_model), a state a layer."""
         u, after = self.stem(torch.cat([z, F.one_hot(action, self.num_actions)], -1)), []
-        for norm, layer, state in zip(self.norms, self.layers, states):
-            y, state = call(layer, norm(u), state)
+        for norm, layer, state in zip(self.norms, self.layers, states or [None] * len(self.layers)):
+            y, state = layer(norm(u), state, first)
             u = u + self.dropout(y)
             after.append(state)
         return self.norm(u), after
 
-    def forward(self, z: Tensor, action: Tensor, states=None, first=None) -> tuple[Tensor, list]:
-        """z (b, l, K*C), action (b, l), first (b, l) bool -> d (b, l, d_model), a state a layer."""
-        return self._stack(z, action, states or [None] * len(self.layers),
-                           lambda layer, u, state: layer(u, state, first))
-
     def step(self, z: Tensor, action: Tensor, states: list) -> tuple[Tensor, list]:
         """One token: z (b, K*C), action (b,) -> d (b, d_model), new states."""
-        return self._stack(z, action, states, Mamba2.step)
+        u, after = self.stem(torch.cat([z, F.one_hot(action, self.num_actions)], -1)), []
+        for norm, layer, state in zip(self.norms, self.layers, states):
+            y, state = layer.step(norm(u), state)
+            u = u + self.dropout(y)
+            after.append(state)
+        return self.norm(u), after
 
     def initial_states(self, batch: int) -> list:
         """Zero states, a layer each."""
@@ -753,36 +797,35 @@ class SequenceModel(nn.Module):
 
 
 def clear(states: list, where: Tensor) -> list:
-    """The states with rows `where` (b,) set to zero: an episode opens there."""
-    return [tuple(s * ~where.view(-1, *[1] * (s.ndim - 1)) for s in state) for state in states]
+    """The states with rows `where` (b,) set to zero, whatever they held: an episode opens there."""
+    return [tuple(s.masked_fill(where.view(-1, *[1] * (s.ndim - 1)), 0) for s in state)
+            for state in states]
 
 
 # ---- 7 World model ------------------------------------------------------------------------------
-
-
-def mlp(d_in: int, units: int, hidden: int, d_out: int, zero: bool = False) -> nn.Sequential:
-    """Hidden layers of Linear, RMSNorm, SiLU, then a Linear, which starts at zero if asked."""
-    layers = []
-    for i in range(hidden):
-        layers += [nn.Linear(units if i else d_in, units), nn.RMSNorm(units), nn.SiLU()]
-    layers.append(nn.Linear(units, d_out))
-    if zero:
-        nn.init.zeros_(layers[-1].weight)
-        nn.init.zeros_(layers[-1].bias)
-    return nn.Sequential(*layers)
-
-
-class Dream(NamedTuple):
-    """Imagined futures of H steps."""
-
-    feature: Tensor  # (b, H+1, d_feature): [z_t, d_{t-1}]
-    action: Tensor  # (b, H)
-    reward: Tensor  # (b, H): follows the action, as in the replay
-    end: Tensor  # (b, H): probability that the action ended the game or cost a life
+#
+# PRIOR: what d_{t-1}, the past, guesses of z_t. POSTERIOR: what the encoder says of z_t, having
+# seen o_t. In training z_t is drawn from the posterior, in a dream from the prior. So the two must
+# agree, and KL[posterior || prior] measures by how much they do not. Who moves?
+#
+#     dynamics, weight 1           the prior moves to the posterior: learn to foretell
+#     representation, weight 0.1   the posterior moves to the prior: encode what can be foretold,
+#                                  but not at all costs, or every frame would be encoded alike
+#
+# Where gradients stop (`.detach()` or no_grad), and why:
+#
+#     the sample in z              has none; `straight_through` passes on that of the probabilities
+#     posterior in `dynamics`      it must not come down to a guess that is still poor
+#     prior in `representation`    its own way is `dynamics`
+#     all of `imagine`             the policy learns by REINFORCE; dreams must not learn to please
+#     the critic's value           a target and a baseline stand still while actor and critic move
+#     the slow critic              only averages the critic
+#
+# Reconstruction, reward and end do train the encoder: it keeps what they need.
 
 
 class WorldModel(nn.Module):
-    """VAE, sequence model and the heads for the next latent, the reward and the end."""
+    """Encoder, sequence model, decoder, and the heads for the next latent, reward and end."""
 
     def __init__(self, cfg: Config, num_actions: int):
         super().__init__()
@@ -791,7 +834,7 @@ class WorldModel(nn.Module):
         self.posterior = nn.Linear(cfg.cnn[-1][0] * CNN_MAP**2, cfg.d_z)
         self.sequence = SequenceModel(cfg, num_actions)
         self.prior = nn.Linear(cfg.d_model, cfg.d_z)
-        # NOTE(3): reward head and critic start at zero, as in [4]: no reward is dreamt up
+        # NOTE(4): reward head and critic start at zero, as in [4]: no reward is dreamt up
         self.reward = mlp(cfg.d_model, cfg.head_units, 1, cfg.bins, zero=True)
         self.termination = mlp(cfg.d_model, cfg.head_units, 1, 1)
         self.two_hot = TwoHot(cfg.bins, cfg.bin_limit)
@@ -804,7 +847,7 @@ class WorldModel(nn.Module):
         return unimix(flat.unflatten(-1, shape), self.cfg.unimix)
 
     def encode(self, frame: Tensor) -> Tensor:
-        """frame (..., H, W, 3) uint8 -> log q(z | o), (..., K, C)."""
+        """frame (..., H, W, 3) uint8 -> log q(z_t | o_t), the posterior, (..., K, C)."""
         flat = self.posterior(self.encoder(pixels(frame)))
         return self._categoricals(flat).unflatten(0, frame.shape[:-3])
 
@@ -813,55 +856,70 @@ class WorldModel(nn.Module):
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def log_prior(self, d: Tensor) -> Tensor:
-        """d_t (..., d_model) -> log p(z_{t+1} | d_t), (..., K, C)."""
+        """d_t (..., d_model) -> log p(z_{t+1} | d_t), the prior, (..., K, C)."""
         return self._categoricals(self.prior(d))
 
     def one_hot(self, classes: Tensor) -> Tensor:
         """Latent classes (..., K) -> flat latents (..., K*C)."""
         return F.one_hot(classes.long(), self.cfg.classes).flatten(-2).float()
 
+    def reconstruction_error(self, z: Tensor, frame: Tensor) -> Tensor:
+        """z (b, l, K*C), frame (b, l, H, W, 3) -> squared error summed over a frame, (b, l).
+
+        NOTE(5): decoding is most of the cost, so a random part of the frames is decoded, and scaled
+        up; the others' error is 0.
+        """
+        n = z.shape[0] * z.shape[1]
+        count = max(1, round(n * self.cfg.decoded))
+        drawn = torch.rand(n, device=z.device).topk(count).indices
+        frame_hat = self.decode(z.flatten(0, 1)[drawn])
+        error = (frame_hat - pixels(frame.flatten(0, 1)[drawn])).square().sum((1, 2, 3))
+        error = error.new_zeros(n).index_copy(0, drawn, error) * (n / count)
+        return error.view(z.shape[:2])
+
     def loss(self, batch: Batch) -> tuple[dict, Tensor, Tensor]:
-        """Losses by name, each (b, l); latents (b, l, K, C); KL[posterior || prior] (b, l), 0 where
-        no prior is had: at a window's and an episode's first frame."""
-        b, l = batch.action.shape
+        """Losses by name, each (b, l); latents (b, l, K, C); KL[posterior || prior] (b, l).
+
+        The KL is 0 where nothing came before: at a window's and an episode's first frame.
+        """
         log_post = self.encode(batch.frame)
         z = straight_through(log_post)  # (b, l, K, C)
         d, _ = self.sequence(z.flatten(-2), batch.action, first=batch.first)
-        # NOTE(10): a random part of the frames is decoded, and scaled up; the others' error is 0
-        count = max(1, round(b * l * self.cfg.decoded))
-        drawn = torch.rand(b * l, device=z.device).topk(count).indices
-        frame_hat = self.decode(z.flatten(-2).flatten(0, 1)[drawn])
-        error = (frame_hat - pixels(batch.frame.flatten(0, 1)[drawn])).square().sum((1, 2, 3))
-        error = error.new_zeros(b * l).index_copy(0, drawn, error) * (b * l / count)
-        # the prior of z_t comes from d_{t-1}; where o_t opens an episode it knows nothing of it
+        reconstruction = self.reconstruction_error(z.flatten(-2), batch.frame)
+        # the prior of z_t comes from d_{t-1}
         log_prior, log_later = self.log_prior(d[:, :-1]), log_post[:, 1:]
-        # the detached side stands still: first the prior learns, then, less, the posterior
-        kl = kl_divergence(log_later.detach(), log_prior)
-        dynamics, representation, kl = (F.pad(x * ~batch.first[:, 1:], (1, 0)) for x in (
-            free_bits(kl, self.cfg.free_bits),
-            free_bits(kl_divergence(log_later, log_prior.detach()), self.cfg.free_bits), kl))
+        forward = kl_divergence(log_later.detach(), log_prior)
+        back = kl_divergence(log_later, log_prior.detach())
+
+        def known(kl: Tensor) -> Tensor:
+            """(b, l-1) -> (b, l), 0 where o_t opens an episode: the past knows nothing of it."""
+            return F.pad(kl * ~batch.first[:, 1:], (1, 0))
+
+        end = self.termination(d).squeeze(-1).float()
         losses = dict(
-            reconstruction=error.view(b, l),
+            reconstruction=reconstruction,
             reward=self.two_hot.loss(self.reward(d), batch.reward),
-            termination=F.binary_cross_entropy_with_logits(
-                self.termination(d).squeeze(-1).float(), batch.terminated, reduction="none"),
-            dynamics=dynamics, representation=representation)
-        assert all(loss.shape == (b, l) for loss in losses.values())
-        return losses, z.detach(), kl.detach()
+            termination=F.binary_cross_entropy_with_logits(end, batch.terminated, reduction="none"),
+            dynamics=known(free_bits(forward, self.cfg.free_bits)),
+            representation=known(free_bits(back, self.cfg.free_bits)))
+        assert all(loss.shape == batch.action.shape for loss in losses.values())
+        return losses, z.detach(), known(forward).detach()
 
     @torch.no_grad()
     def imagine(self, actor: nn.Module, z: Tensor, action: Tensor, first: Tensor) -> Dream:
         """Dream `horizon` steps on from context latents z (b, k, K*C), action and first (b, k).
 
-        The last context frame is where the dream starts: its recorded action is not used.
+        The last of the k frames is where the dream starts: there the ACTOR chooses, so the recorded
+        action is not used. If that frame opens an episode, it has no past.
         """
         d, states = self.sequence(z[:, :-1], action[:, :-1], first=first[:, :-1])
-        z, d, states = z[:, -1], d[:, -1] * ~first[:, -1:], clear(states, first[:, -1])
+        z, d, states = z[:, -1], d[:, -1].masked_fill(first[:, -1:], 0), clear(states, first[:, -1])
         features, actions, ds = [torch.cat([z, d], -1)], [], []
         for _ in range(self.cfg.horizon):
             log_pi = actor(features[-1]).float().log_softmax(-1)
-            actions.append((log_pi + gumbel(log_pi)).argmax(-1))
+            actions.append(draw_one_hot(log_pi).argmax(-1))
             d, states = self.sequence.step(z, actions[-1], states)
+            # no frame here: the guess takes the encoder's place. This is the dream
             z = draw_one_hot(self.log_prior(d)).flatten(-2)
             ds.append(d)
             features.append(torch.cat([z, d], -1))
@@ -871,34 +929,105 @@ class WorldModel(nn.Module):
         return Dream(torch.stack(features, 1), torch.stack(actions, 1),
                      self.two_hot.mean(self.reward(d)), end)
 
-    @torch.no_grad()
-    def dream_along(self, batch: Batch, context: int) -> tuple[Tensor, Tensor]:
-        """Reconstruction and open-loop dream (b, l, 3, H, W) of records, for the same actions.
 
-        The dream sees `context` frames; its later latents are drawn from the prior alone.
-        """
-        z = draw_one_hot(self.encode(batch.frame)).flatten(-2)
-        d, states = self.sequence(z[:, :context], batch.action[:, :context], None,
-                                  batch.first[:, :context])
-        dreamt, d = [z[:, i] for i in range(context)], d[:, -1]
-        for action in batch.action[:, context:].unbind(1):
-            dreamt.append(draw_one_hot(self.log_prior(d)).flatten(-2))
-            d, states = self.sequence.step(dreamt[-1], action, states)
-        return self.decode(z), self.decode(torch.stack(dreamt, 1))
+class Dream(NamedTuple):
+    """Imagined futures of H steps.
+
+    The feature is [z_t, d_{t-1}] and not d_t, because d_t has a_t in it, which is still to be
+    chosen. z_t brings what is new, d_{t-1} the past.
+    """
+
+    feature: Tensor  # (b, H+1, d_feature)
+    action: Tensor  # (b, H)
+    reward: Tensor  # (b, H): follows the action, as in the replay
+    end: Tensor  # (b, H): probability that the action ended the game or cost a life
 
 
-def pixels(frame: Tensor) -> Tensor:
-    """(..., H, W, 3) uint8 -> (n, 3, H, W) float in 0..1, in the channels_last memory format."""
-    return frame.flatten(0, -4).permute(0, 3, 1, 2).float() / 255
+class Learner:
+    """An optimiser with linear warm-up and clipping; it refuses numbers that are not finite."""
+
+    def __init__(self, optimiser, clip: float, warmup: int):
+        self.optimiser, self.clip = optimiser, clip
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda k: min(1.0, (k + 1) / warmup))
+
+    @property
+    def updates(self) -> int:
+        """Updates so far."""
+        return self.schedule.last_epoch
+
+    def step(self, losses: dict, weights: dict) -> dict:
+        """One step down the weighted sum of the losses' means -> the means, the gradient's norm."""
+        assert losses.keys() == weights.keys(), (losses.keys(), weights.keys())
+        means = {name: loss.mean() for name, loss in losses.items()}
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        self.optimiser.zero_grad()
+        with torch.autocast(parameters[0].device.type, enabled=False):  # each op as it went forward
+            sum(weights[name] * mean for name, mean in means.items() if weights[name]).backward()
+        if not all(weights.values()):
+            # what no loss trains yet must not be stepped, or Adam's averages start full of zeros;
+            # it skips a gradient of None, where compiled code gives zeros
+            for p in parameters:
+                p.grad = p.grad if p.grad is not None and p.grad.any() else None
+        means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip)
+        means = dict(zip(means, torch.stack([m.detach().float() for m in means.values()]).tolist()))
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise FloatingPointError(name)
+        self.optimiser.step()
+        self.schedule.step()
+        return means
+
+    def state_dict(self) -> dict:
+        """All that the next step depends on."""
+        return dict(optimiser=self.optimiser.state_dict(), schedule=self.schedule.state_dict())
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Go on from `state_dict`."""
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.schedule.load_state_dict(saved["schedule"])
+
+
+def growth(cfg: Config, updates: int) -> float:
+    """Weight, 0..1, of every loss but reconstruction, after so many updates.
+
+    NOTE(6): in full at once, they can turn a fresh posterior constant before it has learnt to see.
+    """
+    grown = (updates - cfg.see_first) / (2 * cfg.see_first) if cfg.see_first else 1
+    return min(1.0, max(0.0, grown))
+
+
+def update_world_model(model: WorldModel, learner: Learner, replay: Replay) -> dict:
+    """One update on windows drawn by DFS -> metrics; the replay keeps their fresh latents."""
+    cfg = model.cfg
+    if cfg.mean_frame and not learner.updates:
+        model.decoder.start_at(replay.mean_frame())
+    batch = replay.batch(replay.draw_sequences())
+    model.train()
+    losses, z, kl = model.loss(batch)
+    grown = growth(cfg, learner.updates)
+    weights = {name: weight if name == "reconstruction" else grown * weight
+               for name, weight in model.weights.items()}
+    metrics = learner.step(losses, weights)
+    replay.latent[batch.rows] = z.argmax(-1).byte()
+    return {**metrics, "kl": kl.mean().item(), "batch_reward": batch.reward.mean().item()}
 
 
 # ---- 8 Actor-critic -----------------------------------------------------------------------------
+#
+# The critic foretells the return of a moment. The actor learns by REINFORCE: an action that was
+# followed by a better return than the critic expected becomes likelier, a worse one less likely:
+#
+#     loss = -log pi(a_t) * (R_t - V_t) / scale - entropy weight * entropy
+#
+# R_t is the lambda-return of the dream, V_t the critic's expectation, the baseline: it takes away
+# luck that all actions share. The difference is the advantage. No gradient flows through the dream.
 
 
 class ActorCritic(nn.Module):
     """Actor and two-hot critic on [z_t, d_{t-1}], a slow critic, a scale for the returns [4].
 
-    NOTE(4): z_t encodes the frame just seen; the published code acts on a sample of the prior.
+    NOTE(7): z_t encodes the frame just seen; the published code acts on a sample of the prior.
     """
 
     def __init__(self, cfg: Config, num_actions: int):
@@ -906,6 +1035,7 @@ class ActorCritic(nn.Module):
         self.cfg = cfg
         self.actor = mlp(cfg.d_feature, cfg.actor_units, cfg.hidden_layers, num_actions)
         self.critic = mlp(cfg.d_feature, cfg.critic_units, cfg.hidden_layers, cfg.bins, zero=True)
+        # no target network as in DQN: the critic's target is R; it is drawn to its own past besides
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.two_hot = TwoHot(cfg.bins, cfg.bin_limit)
         self.register_buffer("scale", torch.zeros(()))  # EMA of the returns' 5-95 percentile range
@@ -913,15 +1043,15 @@ class ActorCritic(nn.Module):
 
     def loss(self, dream: Dream) -> tuple[dict, dict]:
         """Losses by name, each (b, H), weighted by the chance of being alive; metrics."""
-        b, h = dream.action.shape
         value_logits = self.critic(dream.feature)  # (b, H+1, bins)
-        value = self.two_hot.mean(value_logits).detach()  # the actor must not move the critic
+        value = self.two_hot.mean(value_logits).detach()
         slow_value = self.two_hot.mean(self.slow_critic(dream.feature[:, :-1]))
         R = lambda_return(dream.reward, dream.end, value, self.cfg.gamma, self.cfg.lam)
+        # large returns are shrunk, without outliers; small ones are not blown up: they may be noise
         low, high = torch.quantile(R, R.new_tensor([0.05, 0.95]))
         self.scale.lerp_(high - low, 1 - self.cfg.return_decay)
         advantage = (R - value[:, :-1]) / self.scale.clamp(min=1)
-        # NOTE(5): a step counts by the product of (1 - e) before it: none is learnt after a death
+        # NOTE(8): a step counts by the product of (1 - e) before it: none is learnt after a death
         alive = F.pad((1 - dream.end).cumprod(1)[:, :-1], (1, 0), value=1.0)
         log_pi = self.actor(dream.feature[:, :-1]).float().log_softmax(-1)  # (b, H, actions)
         entropy = -(log_pi.exp() * log_pi).sum(-1)
@@ -930,7 +1060,7 @@ class ActorCritic(nn.Module):
             entropy=-entropy * alive,
             value=self.two_hot.loss(value_logits[:, :-1], R) * alive,
             slow_value=self.two_hot.loss(value_logits[:, :-1], slow_value) * alive)
-        assert all(loss.shape == (b, h) for loss in losses.values())
+        assert all(loss.shape == dream.action.shape for loss in losses.values())
         return losses, dict(imagined_return=R.mean(), imagined_reward=dream.reward.mean(),
                             imagined_value=value.mean(), imagined_end=dream.end.mean(),
                             return_scale=self.scale, policy_entropy=entropy.mean())
@@ -942,39 +1072,8 @@ class ActorCritic(nn.Module):
             slow.lerp_(fast, 1 - self.cfg.slow_decay)
 
 
-class Learner:
-    """An optimiser with linear warm-up and clipping; it refuses numbers that are not finite."""
-
-    def __init__(self, optimiser, clip: float, warmup: int):
-        self.optimiser, self.clip = optimiser, clip
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda k: min(1.0, (k + 1) / warmup))
-
-    def step(self, losses: dict, weights: dict) -> dict:
-        """One step down the weighted sum of the losses' means -> the means, the gradient's norm."""
-        assert losses.keys() == weights.keys(), (losses.keys(), weights.keys())
-        means = {name: loss.mean() for name, loss in losses.items()}
-        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-        self.optimiser.zero_grad()
-        with torch.autocast(parameters[0].device.type, enabled=False):  # each op as it went forward
-            sum(weights[name] * mean for name, mean in means.items() if weights[name]).backward()
-        if not all(weights.values()):
-            # what only a loss left out would train must not move: Adam skips a gradient of None,
-            # but compiled code gives zeros
-            for p in parameters:
-                p.grad = p.grad if p.grad is not None and p.grad.any() else None
-        means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip)
-        means = dict(zip(means, torch.stack([m.detach().float() for m in means.values()]).tolist()))
-        broken = [name for name, mean in means.items() if not np.isfinite(mean)]
-        if broken:
-            raise FloatingPointError(broken[0])
-        self.optimiser.step()
-        self.schedule.step()
-        return means
-
-
 def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[Learner, Learner]:
-    """AdamW for the world model, Adam for the rest. NOTE(6): the published default is LaProp."""
+    """AdamW for the world model, Adam for the rest. NOTE(9): the published default is LaProp."""
     # matrices and kernels decay; biases, norms, dt_bias, A_log and D do not
     groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == matrix],
                    weight_decay=cfg.weight_decay * matrix) for matrix in (True, False)]
@@ -985,78 +1084,203 @@ def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[L
             Learner(agent_adam, cfg.actor_clip, cfg.lr_warmup))
 
 
-class Player:
-    """Acts on the frame just seen: a_t ~ actor([z_t, d_{t-1}]).
+def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
+    """Dream on from contexts drawn by DFS, then one update on the dreams -> metrics."""
+    rows = replay.draw_contexts()
+    model.eval()
+    if cfg.stored_latents:  # NOTE(10): as last encoded, not the context's frames encoded anew
+        z = model.one_hot(replay.latent[rows])
+    else:
+        # all of them at once, 8,192 in `paper`, leave a CPU's cache, and are slower
+        size = 32 if rows.device.type == "cpu" else len(rows)
+        with torch.no_grad():
+            z = torch.cat([draw_one_hot(model.encode(replay.batch(part).frame)).flatten(-2)
+                           for part in rows.split(size)])
+    dream = model.imagine(agent.actor, z, replay.action[rows], replay.first[rows])
+    losses, metrics = agent.loss(dream)
+    means = learner.step(losses, agent.weights)
+    agent.update_slow_critic()
+    means["actor_gradient_norm"] = means.pop("gradient_norm")
+    return {**means, **{name: x.item() for name, x in metrics.items()}}
 
-    d_{t-1} is rebuilt from the last `act_context` latents and actions, about as long a past as the
-    dreams know, or, where that is 0, carried on from step to step.
-    """
+
+class Player:
+    """Acts on the frame just seen, a_t ~ actor([z_t, d_{t-1}]), and carries the states on."""
 
     def __init__(self, cfg: Config, model: WorldModel, agent: ActorCritic, num_envs: int, device):
-        self.cfg, self.model, self.agent = cfg, model, agent
-        n, m = num_envs, cfg.act_context
-        self.memory = dict(z=torch.zeros(n, m, cfg.categoricals, dtype=torch.uint8, device=device),
-                           action=torch.zeros(n, m, dtype=torch.int64, device=device),
-                           first=torch.zeros(n, m, dtype=torch.bool, device=device),
-                           d=torch.zeros(n, cfg.d_model, device=device),
-                           states=model.sequence.initial_states(n))
+        self.model, self.agent = model, agent
+        self.d = torch.zeros(num_envs, cfg.d_model, device=device)
+        self.states = model.sequence.initial_states(num_envs)
 
     @torch.inference_mode()
     def act(self, frame: Tensor, first: Tensor, at_random: bool = False) -> tuple[Tensor, Tensor]:
         """frame (n, H, W, 3) uint8, first (n,) bool -> action (n,), latent classes (n, K)."""
-        m, num_actions = self.memory, self.model.sequence.num_actions
         z = draw_one_hot(self.model.encode(frame))
-        if self.cfg.act_context:
-            past = self.model.one_hot(m["z"])
-            m["d"] = self.model.sequence(past, m["action"], first=m["first"])[0][:, -1].float()
-        d = m["d"] * ~first[:, None]
+        d, states = self.d.masked_fill(first[:, None], 0), clear(self.states, first)
         logits = self.agent.actor(torch.cat([z.flatten(-2), d], -1)).float()
-        action = (logits * (not at_random) + gumbel(logits)).argmax(-1)
-        assert logits.shape == (len(frame), num_actions)
-        if self.cfg.act_context:
-            for name, new in dict(z=z.argmax(-1).byte(), action=action, first=first).items():
-                m[name] = torch.cat([m[name][:, 1:], new[:, None]], 1)
-        else:
-            states = clear(m["states"], first)
-            m["d"], m["states"] = self.model.sequence.step(z.flatten(-2), action, states)
+        if at_random:
+            logits = torch.zeros_like(logits)
+        action = draw_one_hot(logits.log_softmax(-1)).argmax(-1)
+        self.d, self.states = self.model.sequence.step(z.flatten(-2), action, states)
         return action, z.argmax(-1)
 
+    def state_dict(self) -> dict:
+        """What it remembers."""
+        return dict(d=self.d, states=self.states)
 
-# ---- 9 Keeping and showing ----------------------------------------------------------------------
+    def load_state_dict(self, saved: dict) -> None:
+        """Go on from `state_dict`."""
+        self.d, self.states = saved["d"], saved["states"]
 
 
-class Table:
-    """A CSV file that a resume cuts back to the checkpoint's length: no torn line, no row twice."""
+# ---- 9 train ------------------------------------------------------------------------------------
 
-    def __init__(self, path: Path, length: int):
-        self.file = open(path, "r+" if length else "w", newline="")
-        if self.file.seek(0, os.SEEK_END) < length:
-            raise Refusal(f"{path} is shorter than at the checkpoint; use another --out")
-        self.file.truncate(length)
-        self.file.seek(length)
 
-    def row(self, values: dict) -> None:
-        """Append a row, floats to six digits; the first row brings the header."""
-        writer = csv.writer(self.file)
-        if not self.file.tell():
-            writer.writerow(values)
-        writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in values.values())
-        self.file.flush()
+@dataclass
+class Progress:
+    """Where a run stands; a checkpoint keeps it."""
 
-    def length(self) -> int:
-        """Bytes so far, all of them on the disk."""
-        os.fsync(self.file.fileno())
-        return self.file.tell()
+    step: int = 0  # environment steps
+    seconds: float = 0.0  # spent on them, over all sittings
+    episode: int = 0  # episodes finished
+    first: bool = True  # the frame in hand opens an episode
+    total: float = 0.0  # reward of the episode in hand
+    length: int = 0  # its steps
+
+    def add(self, reward: float, over: bool) -> None:
+        """Count a step."""
+        if self.first:
+            self.total, self.length = 0.0, 0
+        self.step, self.length, self.total = self.step + 1, self.length + 1, self.total + reward
+        self.first, self.episode = over, self.episode + over
+
+
+def train(cfg: Config, run: Run) -> int:
+    """Train up to cfg.steps, on from the run's checkpoint if it has one -> exit code."""
+    device, at = run.device, Progress()
+    torch.manual_seed(cfg.seed)
+    env = make_env(cfg.game, 1, cfg.image_size)
+    num_actions = int(env.single_action_space.n)
+    model = WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
+    agent = ActorCritic(cfg, num_actions).to(device)
+    model_learner, agent_learner = make_learners(cfg, model, agent)
+    replay, player = Replay(cfg, device), Player(cfg, model, agent, 1, device)
+    frame = run.start(at, env, model=model, agent=agent, model_learner=model_learner,
+                      agent_learner=agent_learner, replay=replay, player=player)
+    try:
+        while at.step < cfg.steps and not run.interrupted:
+            # ACT
+            model.eval()
+            with run.autocast:
+                action, latent = player.act(torch.from_numpy(frame[:, 0]).to(device),
+                                            torch.tensor([at.first], device=device),
+                                            at_random=at.step < cfg.warmup)
+            action = action.cpu().numpy()
+            following, reward, terminated, truncated, info = env.step(action)
+
+            # STORE
+            replay.add(frame[0, 0], action[0], reward[0], terminated[0], at.first, latent[0])
+            at.add(float(reward[0]), over=bool(episode_over(terminated, truncated, info)[0]))
+            # after an end, a step that opens the next episode: not a transition
+            frame = env.step(action)[0] if at.first else following
+
+            news = {}
+            if at.step >= cfg.warmup and at.step % cfg.train_every == 0:
+                # TRAIN WORLD MODEL
+                dreams_begin = growth(cfg, model_learner.updates) == 1
+                with run.autocast:  # leaving it drops the weights' casts, which the update outdates
+                    news |= update_world_model(model, model_learner, replay)
+                # IMAGINE, TRAIN ACTOR-CRITIC
+                if dreams_begin:
+                    with run.autocast:
+                        news |= update_actor_critic(cfg, model, agent, agent_learner, replay)
+            # LOG, SAVE
+            run.log(at, news)
+            run.keep(at)
+        run.save(at)
+    finally:
+        run.close()
+    return run.end(at)
+
+
+# ==== The program: skip on first reading =========================================================
+#
+# What makes a good program of the method: runs that resume, pictures, clear refusals.
+
+# ---- 10 The run folder --------------------------------------------------------------------------
+
+VERSION = 2  # of the checkpoint. A setting added later must default to what was done before it
+ANYTIME = {"steps", "device", "out", "eval", "eval_envs", "checkpoint", "compile", "save_every",
+           "draw_every"}
+METRICS = (
+    "reconstruction reward termination dynamics representation gradient_norm kl batch_reward "
+    "policy entropy value slow_value actor_gradient_norm imagined_return imagined_reward "
+    "imagined_value imagined_end return_scale policy_entropy").split()
+WARNED: set[str] = set()
+
+
+class Refusal(Exception):
+    """What the user has to mend: one line on stderr, then exit code 2."""
+
+
+def say(text: str, stream=None) -> None:
+    """Print a line; a terminal that has been closed does not end the run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)
+
+
+@contextlib.contextmanager
+def unless_it_fails(what: str):
+    """What is for looking at never ends a run: it is missed, with one warning."""
+    try:
+        yield
+    except Exception as error:
+        if what not in WARNED:
+            WARNED.add(what)
+            why = (str(error).splitlines() or [""])[0][:80]
+            say(f"{what} failed ({type(error).__name__}: {why}); the run goes on", sys.stderr)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether Python, CUDA or PyTorch's CPU allocator says that memory ran out."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "allocate memory"))
+
+
+def flush(file) -> None:
+    """Bring a file down to the disk, where its file system can do that."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+
+
+def open_table(path: Path, step: int):
+    """A CSV file to append to, cut back to its whole rows up to `step`: none comes twice."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= step]
+    path.write_text("".join(lines[:1] + rows if step else []))
+    return open(path, "a", newline="")
+
+
+def append(table, values: dict) -> None:
+    """Append a row, floats to six digits; the first row brings the header."""
+    writer = csv.writer(table, lineterminator="\n")
+    if not table.tell():
+        writer.writerow(values)
+    writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in values.values())
+    table.flush()
 
 
 class Run:
-    """The run folder: lock, frames, two checkpoints, tables, pictures, and config.json to read."""
+    """The run folder: lock, frames, checkpoint, tables, pictures, and config.json to read."""
 
     def __init__(self, cfg: Config):
-        self.dir = Path(cfg.out or f"runs/{cfg.game}-{cfg.seed}")
-        self.frames = self.dir / "frames.bin"
-        self.newest, self.older = self.dir / "checkpoint.pt", self.dir / "checkpoint.prev.pt"
-        self.whole = self.newest  # a newest checkpoint that is broken must not replace the older
+        self.cfg, self.dir = cfg, Path(cfg.out or f"runs/{cfg.game}-{cfg.seed}")
+        self.frames, self.checkpoint = self.dir / "frames.bin", self.dir / "checkpoint.pt"
+        self.interrupted = 0
 
     def lock(self):
         """Make the folder and take its lock, which the system frees when the process dies."""
@@ -1069,69 +1293,169 @@ class Run:
             else:
                 import fcntl
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.close()
-            raise Refusal(f"{self.dir} is in use by another process; use another --out") from None
+        except (ImportError, OSError) as error:
+            if getattr(error, "errno", 0) in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                handle.close()
+                raise Refusal(f"{self.dir} is in use by another process; use another --out"
+                              ) from None
+            say(f"{self.dir} has no locks ({error}); start no second run in it", sys.stderr)
         return handle
 
-    def allocate(self, cfg: Config, rows: int) -> None:
-        """Make room for the frames of all steps; the checkpoint counts on `rows` of them."""
-        frame, free = cfg.image_size**2 * 3, shutil.disk_usage(self.dir).free
+    def open(self) -> bool:
+        """Choose the device and read the checkpoint, if any -> whether there are steps to do."""
+        cfg, step, frame = self.cfg, 0, 3 * self.cfg.image_size**2
+        self.device, self.saved = choose_device(cfg), None
+        if self.checkpoint.exists():
+            self.saved = load_checkpoint(self.checkpoint, self.device)
+            check_settings(self.checkpoint, self.saved, dataclasses.asdict(cfg))
+            step = self.saved["at"]["step"]
         have = self.frames.stat().st_size if self.frames.exists() else 0
-        if have < rows * frame:
-            raise Refusal(f"{self.frames} is too short for the checkpoint's {rows:,} steps; use "
-                          "another --out")
-        all_frames = max(have, cfg.steps * frame)
-        need = all_frames - have
+        need, free = cfg.steps * frame - have, shutil.disk_usage(self.dir).free
+        if have < step * frame:
+            raise Refusal(f"{self.frames} is too short for {step:,} steps; use another --out")
         if need > free:
             raise Refusal(f"{self.dir}: {cfg.steps:,} steps need {need / 1e9:.2f} GB of disk and "
                           f"{free / 1e9:.2f} GB are free; make room, or lower --steps")
-        with open(self.frames, "ab") as file:
-            file.truncate(all_frames)
-            if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
-                os.posix_fallocate(file.fileno(), 0, all_frames)
+        if step >= cfg.steps:
+            say(f"{self.dir} is finished at step {step:,}; to go on, give a larger --steps")
+        return step < cfg.steps
 
-    def save(self, checkpoint: dict) -> None:
-        """Write, flush to the disk, rename: at any moment one of the two checkpoints is whole."""
-        buffer, fresh = io.BytesIO(), self.dir / "checkpoint.new"
-        torch.save(checkpoint, buffer)
+    def start(self, at: Progress, env: VectorEnv, **parts) -> np.ndarray:
+        """Go on from the checkpoint, if any, and open all that shows the run -> the first frame.
+
+        parts: all that a checkpoint keeps, by name, each with state_dict and load_state_dict.
+        """
+        cfg, self.parts, self.kept, self.pending = self.cfg, parts, 0, {}
+        self.precision, self.last = choose_precision(cfg, self.device), None
+        if hasattr(env, "state_dict"):  # Atari has none: a resume opens a new episode
+            self.parts["env"] = env
+        frame = env.reset(seed=cfg.seed + (self.saved["at"]["step"] if self.saved else 0))[0]
+        if self.saved:
+            try:
+                self.restore(at)
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                if out_of_memory(error):
+                    raise
+                raise Refusal(f"{self.checkpoint} does not fit ({str(error).splitlines()[0][:80]});"
+                              " put the right one back or use another --out") from None
+            frame, at.first = (env.frames(), at.first) if "env" in parts else (frame, True)
+        self.saved = None
+        (self.dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+        self.metrics, self.episodes = (open_table(self.dir / f"{name}.csv", at.step)
+                                       for name in ("metrics", "episodes"))
+        introduce(self, at, compile_parts(cfg, parts["model"], parts["agent"], self.device))
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16,
+                                       enabled=self.precision == "bfloat16")
+        self.begun = time.perf_counter() - at.seconds
+        self.stored = self.drawn = time.perf_counter()
+        self.bar = tqdm(total=cfg.steps, initial=at.step, unit="step", smoothing=0.05,
+                        dynamic_ncols=True, disable=sys.stderr is None,
+                        mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 30)
+        self.handlers = {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            with contextlib.suppress(AttributeError, ValueError):  # none there, or not in a thread
+                number = getattr(signal, name)
+                self.handlers[number] = signal.signal(number, self.interrupt)
+        return frame
+
+    def restore(self, at: Progress) -> None:
+        """Put everything back as it was at the checkpoint."""
+        saved, replay = self.saved, self.parts["replay"]
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        vars(at).update(saved["at"])
+        if saved["device"] == self.device.type:  # a resume elsewhere chooses anew
+            self.precision = saved["precision"]
+            for generator, state in zip(generators(self.device), saved["generators"]):
+                generator.set_rng_state(state.cpu())
+        with open(self.frames, "rb") as file:
+            for rows in replay.frame[:replay.size].split(1000):
+                rows.copy_(torch.frombuffer(bytearray(file.read(rows.numel())),
+                                            dtype=torch.uint8).view(rows.shape))
+        self.kept, self.pending = replay.size, saved["pending"]
+
+    def save(self, at: Progress) -> None:
+        """Append the frames, then write the checkpoint aside, flush and rename it: never torn."""
+        replay, buffer, fresh = self.parts["replay"], io.BytesIO(), self.dir / "checkpoint.new"
+        with open(self.frames, "r+b" if self.kept else "wb") as file:
+            file.seek(self.kept * replay.frame[0].numel())
+            for rows in replay.frame[self.kept:replay.size].split(1000):
+                file.write(rows.cpu().numpy())
+            flush(file)
+        self.kept, at.seconds = replay.size, time.perf_counter() - self.begun
+        torch.save({"version": VERSION, "config": dataclasses.asdict(self.cfg), "at": vars(at),
+                    "device": self.device.type, "precision": self.precision,
+                    "generators": [g.get_rng_state() for g in generators(self.device)],
+                    "pending": self.pending,
+                    **{name: part.state_dict() for name, part in self.parts.items()}}, buffer)
         with open(fresh, "wb") as file:
             file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        if self.newest.exists() and self.whole == self.newest:
-            os.replace(self.newest, self.older)
-        os.replace(fresh, self.newest)
-        self.whole = self.newest
+            flush(file)
+        for wait in (0.1, 0.3, 1, 3, 0):  # a virus scanner may hold the old file for a moment
+            try:
+                return os.replace(fresh, self.checkpoint)
+            except PermissionError:
+                if not wait:
+                    raise
+                time.sleep(wait)
 
-    def load(self, cfg: Config, names, device: torch.device) -> dict | None:
-        """The newest checkpoint that can be read, None where there is none; Refusal where its
-        settings `names` are not those of cfg."""
-        found = [path for path in (self.newest, self.older) if path.exists()]
-        for path in found:
-            try:  # weights_only: a file from a stranger must not run code
-                if zipfile.ZipFile(path).testzip():
-                    raise ValueError("a checksum is wrong")
-                saved = torch.load(path, map_location=device, weights_only=True)
-                theirs, _ = dict(saved["config"]), saved["at"]["step"]
-            except Exception as error:  # a broken file can raise nearly anything
-                if out_of_memory(error):
-                    raise  # the file may well be whole
-                print(f"{path} is broken ({type(error).__name__})", file=sys.stderr)
-                continue
-            ours = dataclasses.asdict(cfg)
-            names = {*names, *(theirs.keys() ^ ours.keys())} - ANYTIME
-            differ = [f"{k} (was {theirs.get(k)}, now {ours.get(k)})" for k in {**ours, **theirs}
-                      if k in names and theirs.get(k) != ours.get(k)]
-            if differ:
-                more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
-                raise Refusal(f"{path} has other settings: {', '.join(differ[:4])}{more}; use "
-                              "another --out or --seed, or the old values")
-            self.whole = path
-            return saved
-        if found:
-            raise Refusal(f"no checkpoint in {self.dir} can be read; use another --out")
-        return None
+    def log(self, at: Progress, news: dict) -> None:
+        """A row for an episode that has ended, a row of metrics every log_every steps, the bar."""
+        cfg, seconds = self.cfg, time.perf_counter() - self.begun
+        for name, value in news.items():
+            self.pending.setdefault(name, []).append(value)
+        if at.first:
+            self.last = at.total
+            append(self.episodes, {
+                "step": at.step, "seconds": seconds, "episode": at.episode, "return": at.total,
+                "length": at.length, "human_normalised": human_normalised(cfg.game, at.total)})
+        if at.step % cfg.log_every == 0 and self.pending:
+            means = {name: float(np.mean(self.pending.get(name, np.nan))) for name in METRICS}
+            append(self.metrics, dict(step=at.step, seconds=seconds,
+                                      updates=self.parts["model_learner"].updates, **means))
+            shown = {"return": self.last, "dreamt": means["imagined_return"],
+                     "reconstruction": means["reconstruction"], "kl": means["kl"]}
+            self.bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in
+                                               shown.items() if value == value is not None), False)
+            self.pending = {}
+        self.bar.update()
+
+    def keep(self, at: Progress) -> None:
+        """Checkpoint and pictures, when it is time."""
+        if time.perf_counter() - self.stored > self.cfg.save_every:
+            self.save(at)
+            self.stored = time.perf_counter()
+        if time.perf_counter() - self.drawn > self.cfg.draw_every:
+            self.draw()
+            self.drawn = time.perf_counter()
+
+    def draw(self) -> None:
+        """Both pictures."""
+        with unless_it_fails("curves.png"):
+            draw_curves(self.dir, self.cfg.game)
+        with unless_it_fails("dream.gif"):
+            draw_dreams(self.dir, self.cfg, self.parts["model"], self.parts["replay"])
+
+    def interrupt(self, number, _) -> None:
+        """Ctrl-C and its like: the first lets the step in hand end, the second leaves at once."""
+        if self.interrupted:
+            os._exit(128 + number)
+        self.interrupted = number
+
+    def close(self) -> None:
+        """Give back the bar and the signals."""
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def end(self, at: Progress) -> int:
+        """Pictures and a last word -> exit code."""
+        self.draw()
+        if at.step < self.cfg.steps:
+            say(f"stopped at step {at.step:,}; the same command goes on", sys.stderr)
+            return 128 + self.interrupted
+        say(f"finished {at.step:,} steps in {at.seconds / 60:.1f} minutes: {self.dir}")
+        return 0
 
 
 def generators(device: torch.device) -> list:
@@ -1139,46 +1463,103 @@ def generators(device: torch.device) -> list:
     return [torch] if device.type == "cpu" else [torch, getattr(torch, device.type)]
 
 
-def human_normalised(game: str, score: float) -> float:
-    """(score - random) / (human - random) [6]; NaN for a game without published scores."""
-    s = SCORES.get(game)
-    return (score - s["random"]) / (s["human"] - s["random"]) if s else float("nan")
+def load_checkpoint(path: Path, device: torch.device) -> dict:
+    """A run's checkpoint, or a file of weights alone; Refusal where it cannot be read."""
+    if not path.exists():
+        raise Refusal(f"no checkpoint at {path}; train first, without --eval")
+    try:  # weights_only: a file from a stranger must not run code
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
+        saved = torch.load(path, map_location=device, weights_only=True)
+        _ = saved["config"]["game"], saved["at"]["step"], saved["model"], saved["agent"]
+        return saved
+    except Exception as error:  # a broken file can raise nearly anything
+        if out_of_memory(error):
+            raise  # the file may well be whole
+        raise Refusal(f"{path} is broken ({type(error).__name__}); put a whole one there, or use "
+                      "another --out") from None
 
 
-def draw_curves(run: Run, game: str) -> None:
-    """curves.png, from the two tables."""
+def check_settings(path: Path, saved: dict, ours: dict) -> None:
+    """Refusal where the checkpoint was made with other settings than `ours`."""
+    theirs = {**dataclasses.asdict(Config()), **saved["config"]}
+    differ = [f"{name} (was {theirs[name]}, now {value})" for name, value in ours.items()
+              if name not in ANYTIME and theirs[name] != value]
+    differ += [f"{name} (of version {saved.get('version', 1)}, unknown to version {VERSION})"
+               for name in theirs.keys() - Config.__dataclass_fields__.keys()]
+    if differ:
+        more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
+        raise Refusal(f"{path} has other settings: {', '.join(differ[:4])}{more}; use another "
+                      "--out or --seed, or the old values")
+
+
+def introduce(run: Run, at: Progress, scan: str) -> None:
+    """Say what is about to happen."""
+    cfg, agent = run.cfg, run.parts["agent"]
+    parts = {"world model": run.parts["model"], "actor": agent.actor, "critic": agent.critic}
+    say(f"Drama on {cfg.game}: preset {cfg.preset} (others: --preset paper, laptop), seed "
+        f"{cfg.seed}, {run.device}, {run.precision}, scan {scan}, {torch.get_num_threads()} threads"
+        "\nparameters: " + ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}"
+                                     for name, part in parts.items())
+        + f"\nrun folder {run.dir}: " + (f"going on from step {at.step:,}" if at.step else "new")
+        + f" to {cfg.steps:,}, {3 * cfg.image_size**2 * cfg.steps / 1e9:.2f} GB of frames; "
+        f"learning starts at step {cfg.warmup:,}; from then on the bar knows the time to go"
+        + ("\nnothing will be learnt: raise --steps" if cfg.warmup > cfg.steps else "")
+        + (f"\nbest possible return: {GridWorld.BEST}" if cfg.game == "GridWorld" else ""))
+
+
+# ---- 11 Pictures --------------------------------------------------------------------------------
+
+
+def draw_curves(folder: Path, game: str):
+    """curves.png, from the two tables -> the figure."""
     import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # no pyplot: it would ask for a screen
     tables = []
     for name in ("episodes.csv", "metrics.csv"):
-        with open(run.dir / name) as file:
+        with open(folder / name) as file:
             rows = list(csv.DictReader(file))
         tables.append({k: [float(row[k]) for row in rows] for k in rows[0]} if rows else None)
     panels = ("return", "reconstruction", "kl dynamics", "reward termination", "policy_entropy",
               "imagined_return imagined_value", "imagined_reward batch_reward", "value slow_value")
-    figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), layout="tight")
-    for axis, names in zip(axes.flat, panels):
-        table = tables[names != "return"]
-        for name in names.split() if table else ():
-            axis.plot(table["step"], table[name], ".-" if name == "return" else "-", label=name)
-        if names == "return":
-            best = {"best possible": GridWorld.best_return()} if game == "GridWorld" else {}
-            levels = SCORES.get(game, best)
-            for i, (name, level) in enumerate(levels.items()):
-                axis.axhline(level, ls="--", lw=1, color=f"C{i + 1}", label=name)
-        axis.set(title=f"{game}: {names.replace(' ', ', ')}", xlabel="environment steps")
-        if axis.lines:
-            axis.legend(fontsize="small")
-    figure.savefig(run.dir / "curves.tmp.png", dpi=80)
-    pyplot.close(figure)
-    os.replace(run.dir / "curves.tmp.png", run.dir / "curves.png")
+    best = {"best possible": GridWorld.BEST} if game == "GridWorld" else {}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the same picture whatever the user's settings
+        figure = Figure(figsize=(16, 7), layout="tight")
+        for axis, names in zip(figure.subplots(2, 4).flat, panels):
+            table = tables[names != "return"]
+            for name in names.split() if table else ():
+                axis.plot(table["step"], table[name], ".-" if name == "return" else "-", label=name)
+            if names == "return":
+                for i, (name, level) in enumerate(SCORES.get(game, best).items()):
+                    axis.axhline(level, ls="--", lw=1, color=f"C{i + 1}", label=name)
+            axis.set(title=f"{game}: {names.replace(' ', ', ')}", xlabel="environment steps")
+            if axis.lines:
+                axis.legend(fontsize="small")
+        figure.savefig(folder / "curves.tmp.png", dpi=80)
+    os.replace(folder / "curves.tmp.png", folder / "curves.png")
+    return figure
 
 
-def draw_dreams(run: Run, cfg: Config, model: WorldModel, replay: Replay) -> None:
+@torch.no_grad()
+def dream_along(model: WorldModel, batch: Batch, context: int) -> tuple[Tensor, Tensor]:
+    """Reconstruction and open-loop dream (b, l, 3, H, W) of records, for the same actions.
+
+    Open-loop: after `context` frames its latents are drawn from the prior alone.
+    """
+    z = draw_one_hot(model.encode(batch.frame)).flatten(-2)
+    d, states = model.sequence(z[:, :context], batch.action[:, :context], None,
+                               batch.first[:, :context])
+    dreamt, d = [z[:, i] for i in range(context)], d[:, -1]
+    for action in batch.action[:, context:].unbind(1):
+        dreamt.append(draw_one_hot(model.log_prior(d)).flatten(-2))
+        d, states = model.sequence.step(dreamt[-1], action, states)
+    return model.decode(z), model.decode(torch.stack(dreamt, 1))
+
+
+def draw_dreams(folder: Path, cfg: Config, model: WorldModel, replay: Replay) -> None:
     """dream.gif and dream.png: real frames, reconstruction, open-loop dream, the same actions."""
-    from PIL import Image, ImageDraw, ImageOps
-    length, windows, shown, margin = cfg.context + cfg.picture_steps, 2, 12, 14
+    length, windows, shown = cfg.context + cfg.picture_steps, 2, 12
     if replay.size < length:
         return
     # where it can be had, a window in which no episode opens
@@ -1188,32 +1569,98 @@ def draw_dreams(run: Run, cfg: Config, model: WorldModel, replay: Replay) -> Non
     with torch.random.fork_rng([] if replay.device.type == "cpu" else [replay.device],
                                device_type=replay.device.type):
         rows = calm[torch.randint(len(calm), (windows,))]
-        rows = rows + torch.arange(length, device=replay.device)
-        batch = replay.batch(rows)
+        batch = replay.batch(rows + torch.arange(length, device=replay.device))
         model.eval()
-        pictures = [batch.frame, *((255 * x.permute(0, 1, 3, 4, 2)).byte()
-                                   for x in model.dream_along(batch, cfg.context))]
-    film = torch.stack(pictures).cpu().numpy()  # (3, windows, l, H, W, 3)
-
-    def sheet(grid, title):
-        """A picture of frames (rows, columns, H, W, 3) under a title."""
-        r, c, h, w, _ = grid.shape
-        image = Image.fromarray(grid.swapaxes(1, 2).reshape(r * h, c * w, 3))
-        image = image.resize((c * 128, r * 128), Image.Resampling.NEAREST)
-        image = ImageOps.expand(image, (0, margin, 0, 0))
-        ImageDraw.Draw(image).text((2, 1), f"{cfg.game}, step {replay.size}: {title}", fill="white")
-        return image
-
-    gif = [sheet(film[:, :, t].swapaxes(0, 1), "real | reconstruction | dream"
-                 + (f", +{t - cfg.context + 1}" if t >= cfg.context else ", context"))
+        film = [batch.frame, *((255 * x.permute(0, 1, 3, 4, 2)).byte()
+                               for x in dream_along(model, batch, cfg.context))]
+    film = torch.stack(film, 1).cpu().numpy()  # (windows, 3, l, H, W, 3)
+    names, title = ("real", "reconstruction", "dream"), f"{cfg.game}, step {replay.size:,}"
+    ahead = [f"+{t - cfg.context + 1}" if t >= cfg.context else "seen" for t in range(length)]
+    gif = [sheet(film[:, :, t], [""] * windows, names, f"{title}: {ahead[t]}")
            for t in range(length)]
-    gif[0].save(run.dir / "dream.gif", save_all=True, append_images=gif[1:], duration=120, loop=0)
+    gif[0].save(folder / "dream.gif", save_all=True, append_images=gif[1:], duration=120, loop=0)
     times = np.linspace(0, length - 1, shown).astype(int)
-    sheet(film[:, 0, times], "rows real, reconstruction, dream; frames " + " ".join(map(str, times))
-          + f"; the first {cfg.context} are context").save(run.dir / "dream.png")
+    sheet(film[:, :, times].reshape(-1, shown, *film.shape[3:]), names * windows,
+          [ahead[t] for t in times], f"{title}: {cfg.context} frames seen, then steps dreamt"
+          ).save(folder / "dream.png")
 
 
-# ---- 10 train, evaluate, main -------------------------------------------------------------------
+def sheet(grid: np.ndarray, rows, columns, title: str):
+    """A picture of frames (rows, columns, H, W, 3) with a label for each row and column."""
+    from PIL import Image, ImageDraw, ImageFont
+    (r, c, h, w, _), side, font = grid.shape, 128, ImageFont.load_default(18)
+    left, top = 140 * any(rows), 56
+    frames = Image.fromarray(grid.swapaxes(1, 2).reshape(r * h, c * w, 3))
+    image = Image.new("RGB", (left + c * side, top + r * side))
+    image.paste(frames.resize((c * side, r * side), Image.Resampling.NEAREST), (left, top))
+    draw = ImageDraw.Draw(image)
+    draw.text((4, 2), title, "white", font)
+    for i, name in enumerate(columns):
+        draw.text((left + i * side + 4, 30), name, "white", font)
+    for i, name in enumerate(rows):
+        draw.text((4, top + i * side + side // 2 - 10), name, "white", font)
+    return image
+
+
+# ---- 12 Command line ----------------------------------------------------------------------------
+
+# Atari 100k, mean scores as published in [6], [1] (DramaXS), [4] and [5].
+COLUMNS = ("random", "human", "Drama", "DreamerV3", "STORM")
+SCORES = {game: dict(zip(COLUMNS, map(float, scores))) for game, *scores in map(str.split, """
+    Alien 227.8 7127.7 820 978.4 983.6 | Amidar 5.8 1719.5 131 94.3 204.8
+    Assault 222.4 742 539 629.8 801 | Asterix 210 8503.3 1632 955.3 1028
+    BankHeist 14.2 753.1 137 320.5 641.2 | BattleZone 2360 37187.5 10860 18335.7 13540
+    Boxing 0.1 12.1 78 79.4 79.7 | Breakout 1.7 30.5 7 9 15.9
+    ChopperCommand 811 7387.8 1642 1639 1888 | CrazyClimber 10780.5 35829.4 83931 76583.3 66776
+    DemonAttack 152.1 1971 201 369.2 164.6 | Freeway 0 29.6 15 0 0
+    Frostbite 65.2 4334.7 785 3036.4 1316 | Gopher 257.6 2412.5 2757 2321.6 8239.6
+    Hero 1027 30826.4 7946 13344.3 11044.3 | Jamesbond 29 302.8 372 524.2 509
+    Kangaroo 52 3035 1384 2996.1 4208 | Krull 1598 2665.5 9693 7683.5 8412.6
+    KungFuMaster 258.5 22736.3 23920 23301.7 26182 | MsPacman 307.3 6951.6 2270 1525.8 2673.5
+    Pong -20.7 14.6 15 -4.2 11.3 | PrivateEye 24.9 69571.3 90 3086.7 7781
+    Qbert 163.9 13455 796 2066.1 4522.5 | RoadRunner 11.5 7845 14020 18196.9 17564
+    Seaquest 68.4 42054.7 497 815.5 525.2 | UpNDown 533.4 11693.2 7387 43777.6 7985
+    """.strip().replace("|", "\n").splitlines())}
+
+
+def human_normalised(game: str, score: float) -> float:
+    """(score - random) / (human - random) [6]; NaN for a game without published scores."""
+    s = SCORES.get(game)
+    return (score - s["random"]) / (s["human"] - s["random"]) if s else float("nan")
+
+
+def rom_name(game: str) -> str:
+    """ALE's name of a game, MsPacman -> ms_pacman; Refusal, with the nearest names, if none."""
+    ids = ale_py.roms.get_all_rom_ids()
+    roms = {"".join(map(str.capitalize, rom.split("_"))): rom for rom in ids}
+    if game not in roms:
+        lower = {name.lower(): name for name in [*roms, "GridWorld"]}
+        near = [lower[n] for n in difflib.get_close_matches(game.lower(), lower, n=3, cutoff=0.4)]
+        hint = f"; did you mean {', '.join(near)}?" if near else "; try Pong or GridWorld"
+        raise Refusal(f"--game {game}: no such game" + hint)
+    return roms[game]
+
+
+def validate(cfg: Config) -> None:
+    """Raise Refusal where a value is out of its range or two values do not fit together."""
+    for f in dataclasses.fields(cfg):
+        value, m, flag = getattr(cfg, f.name), f.metadata, f"--{f.name.replace('_', '-')}"
+        if m["choices"] and value not in m["choices"]:
+            raise Refusal(f"{flag} {value}: choose from {', '.join(map(str, m['choices']))}")
+        if m["low"] is not None and not m["low"] <= value <= m["high"]:
+            raise Refusal(f"{flag} {value}: must lie from {m['low']} to {m['high']}")
+    if cfg.image_size != CNN_MAP * math.prod(stride for _, stride in cfg.cnn):
+        raise Refusal(f"--image-size {cfg.image_size} --first-stride {cfg.first_stride}: size over "
+                      "stride must be 4, 8, 16, 32 or 64")
+    if cfg.expand * cfg.d_model % cfg.headdim:
+        raise Refusal(f"--headdim {cfg.headdim}: does not divide --expand times --d-model, "
+                      f"{cfg.expand * cfg.d_model}")
+    if cfg.game != "GridWorld":
+        rom_name(cfg.game)
+    shortest = max(cfg.batch_size + cfg.batch_length, cfg.context)
+    if cfg.warmup < shortest:
+        raise Refusal(f"--warmup {cfg.warmup}: the first update needs {shortest} steps, "
+                      "--batch-size plus --batch-length or --context; raise it or lower those")
 
 
 def choose_device(cfg: Config) -> torch.device:
@@ -1272,239 +1719,20 @@ def keep_freed_pages() -> None:
         pass  # not glibc
 
 
-class Interrupt:
-    """Ctrl-C and SIGTERM: the first lets the step in hand end, the second leaves at once."""
-
-    def __init__(self):
-        self.number = 0
-        self.old = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def _receive(self, number, _):
-        if self.number:
-            os._exit(128 + number)
-        self.number = number
-
-    def restore(self) -> None:
-        """Give the signals back."""
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-
-METRICS = (
-    "reconstruction reward termination dynamics representation gradient_norm kl batch_reward "
-    "policy entropy value slow_value actor_gradient_norm imagined_return imagined_reward "
-    "imagined_value imagined_end return_scale policy_entropy").split()
-
-
-def growth(cfg: Config, updates: int) -> float:
-    """Weight, 0..1, of every loss but reconstruction, after so many updates.
-
-    NOTE(9): in full at once, they can turn a fresh posterior constant before it has learnt to see.
-    """
-    grown = (updates - cfg.see_first) / (2 * cfg.see_first) if cfg.see_first else 1
-    return min(1.0, max(0.0, grown))
-
-
-def update_world_model(model, learner, replay) -> dict:
-    """One update on sequences drawn by DFS -> metrics; the replay keeps their fresh latents."""
-    batch = replay.batch(replay.draw_sequences())
-    model.train()
-    losses, z, kl = model.loss(batch)
-    grown = growth(model.cfg, learner.schedule.last_epoch)
-    weights = {name: weight if name == "reconstruction" else grown * weight
-               for name, weight in model.weights.items()}
-    metrics = learner.step(losses, weights)
-    replay.latent[batch.rows] = z.argmax(-1).byte()
-    return {**metrics, "kl": kl.mean().item(), "batch_reward": batch.reward.mean().item()}
-
-
-def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
-    """Dream on from contexts drawn by DFS, then one update on the dreams -> metrics."""
-    rows = replay.draw_contexts()
-    model.eval()
-    if cfg.stored_latents:  # NOTE(7): as last encoded, not the context's frames encoded anew
-        z = model.one_hot(replay.latent[rows])
-    else:
-        # all of them at once, 8,192 in `paper`, leave a CPU's cache, and are slower
-        size = 32 if rows.device.type == "cpu" else len(rows)
-        with torch.no_grad():
-            z = torch.cat([draw_one_hot(model.encode(replay.batch(part).frame)).flatten(-2)
-                           for part in rows.split(size)])
-    dream = model.imagine(agent.actor, z, replay.action[rows], replay.first[rows])
-    losses, metrics = agent.loss(dream)
-    means = learner.step(losses, agent.weights)
-    agent.update_slow_critic()
-    means["actor_gradient_norm"] = means.pop("gradient_norm")
-    return {**means, **{name: x.item() for name, x in metrics.items()}}
-
-
-def train(cfg: Config, run: Run) -> int:
-    """Train up to cfg.steps, on from the checkpoint if there is one -> exit code."""
-    device = choose_device(cfg)
-    saved = run.load(cfg, dataclasses.asdict(cfg), device)
-    at = saved["at"] if saved else dict(
-        step=0, updates=0, seconds=0.0, episode=0, first=True, total=0.0, length=0, last=0.0,
-        machine=None, tables=(0, 0), news={})
-    if at["step"] >= cfg.steps:
-        print(f"{run.dir} is finished at step {at['step']:,}; to go on, give a larger --steps")
-        return 0
-    (run.dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-    torch.manual_seed(cfg.seed)
-    env = make_env(cfg.game, 1, cfg.image_size)
-    frame = env.reset(seed=cfg.seed + at["step"])[0]
-    num_actions = int(env.single_action_space.n)
-    model = WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
-    agent = ActorCritic(cfg, num_actions).to(device)
-    model_learner, agent_learner = make_learners(cfg, model, agent)
-    run.allocate(cfg, at["step"])
-    replay = Replay(run.frames, cfg, device)
-    player = Player(cfg, model, agent, 1, device)
-    parts = dict(model=model, agent=agent, replay=replay,
-                 model_optimiser=model_learner.optimiser, model_schedule=model_learner.schedule,
-                 agent_optimiser=agent_learner.optimiser, agent_schedule=agent_learner.schedule)
-    if hasattr(env, "state_dict"):
-        parts["env"] = env
-    if saved:
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            player.memory = saved["player"]
-            for generator, state in zip(generators(device), saved["generators"]):
-                generator.set_rng_state(state.cpu())
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            if out_of_memory(error):
-                raise
-            raise Refusal(f"{run.whole} does not fit ({str(error).splitlines()[0][:80]}); put the "
-                          "right one back or use another --out") from None
-        if "env" in parts:
-            frame = saved["frame"].cpu().numpy()
-        else:  # Atari cannot be put back into the middle of an episode: a new one opens
-            at.update(first=True, total=0.0, length=0)
-    if at["machine"] != device.type:  # a resume elsewhere chooses anew
-        at.update(machine=device.type, precision=choose_precision(cfg, device))
-    scan = compile_parts(cfg, model, agent, device)
-    metrics = Table(run.dir / "metrics.csv", at["tables"][0])
-    episodes = Table(run.dir / "episodes.csv", at["tables"][1])
-    introduce(cfg, run, model, agent, f"{device}, {at['precision']}, scan {scan}", at["step"])
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=at["precision"] == "bfloat16")
-    begun = time.perf_counter() - at["seconds"]
-    stored = drawn = time.perf_counter()
-    interrupt = Interrupt()
-
-    def save():
-        """Write the checkpoint: all that the next step depends on, but for Atari's emulator."""
-        at.update(seconds=time.perf_counter() - begun, tables=(metrics.length(), episodes.length()))
-        run.save({"config": dataclasses.asdict(cfg), "at": at, "frame": torch.from_numpy(frame),
-                  "generators": [generator.get_rng_state() for generator in generators(device)],
-                  "player": player.memory,
-                  **{name: part.state_dict() for name, part in parts.items()}})
-
-    bar = tqdm(total=cfg.steps, initial=at["step"], unit="step", smoothing=0.05, dynamic_ncols=True,
-               mininterval=0.5 if sys.stderr.isatty() else 30)
-    try:
-        while at["step"] < cfg.steps and not interrupt.number:
-            # ACT
-            model.eval()
-            with autocast:
-                action, latent = player.act(torch.from_numpy(frame[:, 0]).to(device),
-                                            torch.tensor([at["first"]], device=device),
-                                            at_random=at["step"] < cfg.warmup)
-            action = action.cpu().numpy()
-            following, reward, terminated, truncated, info = env.step(action)
-
-            # STORE
-            replay.add(frame[0, 0], action[0], reward[0], terminated[0], at["first"], latent[0])
-            at["step"] += 1
-            at["length"] += 1
-            at["total"] += float(reward[0])
-            at["first"] = bool(episode_over(terminated, truncated, info)[0])
-            seconds = time.perf_counter() - begun
-            if at["first"]:
-                following = env.step(action)[0]  # the autoreset step: not a transition
-                at["episode"] += 1
-                episodes.row({"step": at["step"], "seconds": seconds, "episode": at["episode"],
-                              "return": at["total"], "length": at["length"],
-                              "human_normalised": human_normalised(cfg.game, at["total"])})
-                at.update(last=at["total"], total=0.0, length=0)
-            frame = following
-
-            if at["step"] >= cfg.warmup and at["step"] % cfg.train_every == 0:
-                if cfg.mean_frame and not at["updates"]:
-                    model.decoder.start_at(replay.mean_frame())
-                # TRAIN WORLD MODEL
-                with autocast:  # leaving it drops the weights' casts, which the update outdates
-                    news = update_world_model(model, model_learner, replay)
-                # IMAGINE, TRAIN ACTOR-CRITIC
-                if growth(cfg, at["updates"]) == 1:
-                    with autocast:
-                        news |= update_actor_critic(cfg, model, agent, agent_learner, replay)
-                at["updates"] += 1
-                for name, value in news.items():
-                    at["news"].setdefault(name, []).append(value)
-
-            # LOG
-            if at["step"] % cfg.log_every == 0 and at["news"]:
-                means = {name: float(np.mean(at["news"].get(name, np.nan))) for name in METRICS}
-                metrics.row(dict(step=at["step"], seconds=seconds, updates=at["updates"], **means))
-                at["news"] = {}
-                bar.set_postfix_str(
-                    f"return {at['last']:g}, reconstruction {means['reconstruction']:.1f}, "
-                    f"kl {means['kl']:.2f}, dreamt {means['imagined_return']:.2f}", refresh=False)
-            bar.update()
-            # SAVE
-            if time.perf_counter() - stored > cfg.save_every:
-                save()
-                stored = time.perf_counter()
-            if time.perf_counter() - drawn > cfg.draw_every:
-                draw_curves(run, cfg.game)
-                draw_dreams(run, cfg, model, replay)
-                drawn = time.perf_counter()
-        save()
-        draw_curves(run, cfg.game)
-        draw_dreams(run, cfg, model, replay)
-    except FloatingPointError as error:
-        back = f"go back to {run.newest}" if run.newest.exists() else "start again"
-        raise Refusal(f"{error} is not finite at step {at['step']:,}; that update was not applied; "
-                      f"{back}, or use another --out and lower learning rates", code=1) from None
-    finally:
-        bar.close()
-        interrupt.restore()
-    if interrupt.number and at["step"] < cfg.steps:
-        print(f"stopped at step {at['step']:,}; the same command goes on", file=sys.stderr)
-        return 128 + interrupt.number
-    print(f"finished {cfg.steps:,} steps in {at['seconds'] / 60:.1f} minutes: {run.dir}")
-    return 0
-
-
-def introduce(cfg, run, model, agent, machine, step) -> None:
-    """Say what is about to happen."""
-    parts = {"world model": model, **dict(model.named_children()), **dict(agent.named_children())}
-    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    parameters = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
-    print(f"Drama on {cfg.game}: preset {cfg.preset}, seed {cfg.seed}, {machine}, "
-          f"{torch.get_num_threads()} threads\nparameters: {parameters}\n"
-          f"run folder {run.dir}: " + (f"going on from step {step:,}" if step else "new")
-          + f" to {cfg.steps:,}; learning starts at step {cfg.warmup:,}", flush=True)
-    if cfg.game == "GridWorld":
-        print(f"best possible return: {GridWorld.best_return():.2f}")
-
-
-@torch.no_grad()
 def evaluate(cfg: Config, given: set[str], run: Run) -> int:
     """Play cfg.eval full episodes from the checkpoint and print the scores -> exit code."""
-    device = choose_device(cfg)
-    anytime = given & (ANYTIME | {"act_context"})
-    saved = run.load(cfg, given - anytime, device)
-    if saved is None:
-        raise Refusal(f"no checkpoint in {run.dir}; train first, without --eval")
-    cfg = Config(**saved["config"] | {name: getattr(cfg, name) for name in anytime})
+    device, path = choose_device(cfg), Path(cfg.checkpoint or run.checkpoint)
+    saved = load_checkpoint(path, device)
+    mine = given & ANYTIME | ({"seed"} if given & {"out", "checkpoint"} else set())
+    check_settings(path, saved, {name: getattr(cfg, name) for name in given - mine})
+    cfg = Config(**saved["config"] | {name: getattr(cfg, name) for name in mine})
     torch.manual_seed(cfg.seed)
     n = min(cfg.eval, cfg.eval_envs)
     env = make_env(cfg.game, n, cfg.image_size)
     num_actions = int(env.single_action_space.n)
     model, agent = WorldModel(cfg, num_actions).to(device), ActorCritic(cfg, num_actions).to(device)
     model.load_state_dict(saved["model"])
-    agent.load_state_dict(saved["agent"])
+    agent.load_state_dict(saved["agent"], strict=not cfg.checkpoint)  # it may have no slow critic
     player = Player(cfg, model.eval(), agent, n, device)
     # every environment plays its share: the first N to end would favour short episodes
     share = [len(range(i, cfg.eval, n)) for i in range(n)]
@@ -1522,9 +1750,14 @@ def evaluate(cfg: Config, given: set[str], run: Run) -> int:
                     scores[i].append(totals[i])
                     bar.update()
                 totals[i] = 0
-    scores = np.concatenate(scores)
+    report(cfg, run, saved["at"]["step"], np.concatenate(scores))
+    return 0
+
+
+def report(cfg: Config, run: Run, step: int, scores: np.ndarray) -> None:
+    """Print the scores of an evaluation; keep them in the run folder as evaluation.json."""
     mean = scores.mean()
-    print(f"{cfg.game} at step {saved['at']['step']:,}, {cfg.eval} episodes: mean {mean:.2f}, "
+    print(f"{cfg.game} at step {step:,}, {cfg.eval} episodes: mean {mean:.2f}, "
           f"standard deviation {scores.std():.2f}\nscores: {' '.join(f'{s:g}' for s in scores)}")
     if cfg.game in SCORES:
         published = (f"{name} {score:g} ({human_normalised(cfg.game, score):.3f})"
@@ -1532,16 +1765,11 @@ def evaluate(cfg: Config, given: set[str], run: Run) -> int:
         print(f"human-normalised {human_normalised(cfg.game, mean):.3f}; published (the same): "
               + ", ".join(published))
     if cfg.game == "GridWorld":
-        print(f"{mean / GridWorld.best_return():.1%} of the best, {GridWorld.best_return():.2f}")
-    return 0
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with one line for an error."""
-
-    def error(self, message):
-        """Refuse a command line."""
-        raise Refusal(f"{message}; see --help")
+        print(f"{mean / GridWorld.BEST:.1%} of the best, {GridWorld.BEST}")
+    if not cfg.checkpoint:
+        (run.dir / "evaluation.json").write_text(json.dumps(dict(
+            game=cfg.game, seed=cfg.seed, step=step, episodes=cfg.eval, mean=mean,
+            scores=scores.tolist()), indent=1))
 
 
 def boolean(text: str) -> bool:
@@ -1551,27 +1779,51 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def whole(text: str) -> int:
+    """A whole number, also as 1e5 or 100_000."""
+    if not float(text).is_integer():
+        raise ValueError(text)
+    return int(float(text))
+
+
 def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
     """Command line -> Config (defaults, preset, flags, each over the last), the flags given."""
-    parser = Parser("drama.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    def refuse(message):
+        raise Refusal(f"{message}; see --help")
+
+    parser = argparse.ArgumentParser(
+        "drama.py", usage="%(prog)s --game NAME [--flag VALUE]", description=__doc__,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    groups = {"game": "what to run", "categoricals": "the dozen that matter (default; laptop's)",
+              "image_size": "the rest (default; laptop's)"}
+    kinds = {int: (whole, "N"), float: (float, "X"), bool: (boolean, "true|false"),
+             str: (str, "NAME")}
     for f in dataclasses.fields(Config):
+        if f.name in groups:
+            group = parser.add_argument_group(groups[f.name])
         laptop = f"; laptop {PRESETS['laptop'][f.name]}" if f.name in PRESETS["laptop"] else ""
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=f.type.__name__,
-                            type=boolean if f.type is bool else f.type,
-                            help=f"{f.metadata['help']} ({f.default}{laptop})")
+        kind, metavar = kinds[type(f.default)]
+        group.add_argument(
+            f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, type=kind,
+            metavar="|".join(map(str, f.metadata["choices"] or ())) or metavar,
+            help=f"{f.metadata['help']} ({f.default}{laptop})")
+    argv = [name.replace("_", "-") + equals + value if name.startswith("--") else argument
+            for argument in (sys.argv[1:] if argv is None else argv)
+            for name, equals, value in [argument.partition("=")]]
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "auto")
     if preset == "auto":
-        preset = ("gridworld" if given.get("game") == "GridWorld" else
-                  "paper" if torch.cuda.is_available() and given.get("device") != "cpu" else
-                  "laptop")
+        preset = "gridworld" if given.get("game") == "GridWorld" else "laptop"
     return Config(**{**PRESETS.get(preset, {}), **given, "preset": preset}), set(given)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; return the exit code."""
     keep_freed_pages()
+    for stream in (sys.stdout, sys.stderr):  # a console that has not all the letters of a path
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
     # RMSNorm under autocast: bfloat16 in, float32 weights, as meant
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     code = 2
@@ -1582,19 +1834,23 @@ def main(argv: list[str] | None = None) -> int:
         if cfg.eval:
             return evaluate(cfg, given, run)
         with run.lock():
-            return train(cfg, run)
+            return train(cfg, run) if run.open() else 0
     except Refusal as error:
-        message, code = str(error), error.code
+        message = error
     except KeyboardInterrupt:
         message, code = "stopped", 130
+    except FloatingPointError as error:
+        back = f"go back to {run.checkpoint}" if run.checkpoint.exists() else "start again"
+        message, code = (f"{error} is not finite; that update was not applied; {back}, or use "
+                         "another --out and lower learning rates"), 1
     except OSError as error:
         where, why = error.filename or run.dir, error.strerror or error
-        message = f"{where}: {why}; the checkpoints are as before"
+        message = f"{where}: {why}; the checkpoint is as before"
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         message = f"out of memory ({str(error)[:80]}); lower the sizes, see --help"
-    print(f"drama.py: {message}", file=sys.stderr)
+    say(f"drama.py: {message}", sys.stderr)
     return code
 
 

@@ -39,7 +39,7 @@ def play(flags: str, rows: int) -> dict[str, torch.Tensor]:
                 if replay.size >= rows // 100 + wait:
                     replay.draw_contexts()
         del replay.frame, replay.on_device  # Windows will not delete a mapped file
-    v, b, s, T = replay.v, replay.b, cfg.dreams / cfg.batch_size, cfg.temperature
+    v, b, s, T = replay.trained, replay.dreamt, cfg.dreams / cfg.batch_size, cfg.temperature
     dfs = cfg.sampler == "dfs"
     return dict(v=v.float(), b=b.float(),
                 train=rows * (dfs * drama.dfs_sequence_logits(v, T)).softmax(0),

@@ -38,10 +38,9 @@ def median_seconds(call, device) -> float:
     return statistics.median(seconds[1:])
 
 
-def filled_replay(cfg, run, rows: int, device) -> drama.Replay:
+def filled_replay(cfg, rows: int, device) -> drama.Replay:
     """A replay of random frames."""
-    run.allocate(cfg, 0)
-    replay, rng = drama.Replay(run.frames, cfg, device), np.random.default_rng(0)
+    replay, rng = drama.Replay(cfg, device), np.random.default_rng(0)
     for i in range(rows):
         frame = rng.integers(0, 255, replay.frame.shape[1:], dtype=np.uint8)
         replay.add(frame, i % ACTIONS, 0, 0, i % 500 == 0, torch.zeros(cfg.categoricals))
@@ -51,17 +50,20 @@ def filled_replay(cfg, run, rows: int, device) -> drama.Replay:
 def make_stages(cfg, run, model, agent, rows: int, device, autocast) -> dict:
     """A call for each stage, as `train` makes it."""
     learners = drama.make_learners(cfg, model, agent)
-    replay = filled_replay(cfg, run, rows, device)
+    replay = filled_replay(cfg, rows, device)
     player = drama.Player(cfg, model, agent, 1, device)
-    seen = torch.from_numpy(replay.frame[-2])[None].to(device)
+    seen = replay.frame[:1]
     first = torch.zeros(1, dtype=torch.bool, device=device)
-    drama.Table(run.dir / "episodes.csv", 0).row({"step": 0, "return": 0})
-    metrics, news = drama.Table(run.dir / "metrics.csv", 0), {}
+    news = {}
     with autocast:
         news |= drama.update_world_model(model, learners[0], replay)
         news |= drama.update_actor_critic(cfg, model, agent, learners[1], replay)
+    run.dir.mkdir(exist_ok=True)
+    episodes, metrics = (drama.open_table(run.dir / f"{name}.csv", 0)
+                         for name in ("episodes", "metrics"))
+    drama.append(episodes, {"step": 0, "return": 0})
     for step in range(0, 100_000, cfg.log_every):  # as many as in Atari 100k
-        metrics.row(dict(step=step, **news))
+        drama.append(metrics, dict(step=step, **news))
 
     def act():
         """One action."""
@@ -70,8 +72,8 @@ def make_stages(cfg, run, model, agent, rows: int, device, autocast) -> dict:
 
     def draw():
         """Both pictures."""
-        drama.draw_curves(run, cfg.game)
-        drama.draw_dreams(run, cfg, model, replay)
+        drama.draw_curves(run.dir, cfg.game)
+        drama.draw_dreams(run.dir, cfg, model, replay)
 
     return {
         "act": act,
