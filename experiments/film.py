@@ -43,7 +43,8 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self.driver = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
         said = iter(self.driver.stdout.readline, "")
-        port = next(filter(None, (re.search(r"successfully on port (\d+)", text) for text in said)))[1]
+        port = re.compile(r"successfully on port (\d+)")
+        port = next(found[1] for found in map(port.search, said) if found)
         self.root = f"http://127.0.0.1:{port}/session"
         options = dict(binary=binary, args=[*QUIET, f"--user-data-dir={self.profile.name}",
                                             f"--window-size={width},{height}"])

@@ -68,7 +68,10 @@ def load(path: Path, game: str = "") -> tuple:
                             f"({str(error).splitlines()[0][:80]})") from None
     if game and game != cfg.game:
         raise drama.Refusal(f"--game {game}: {path} plays {cfg.game}")
-    drama.validate(cfg)
+    try:
+        drama.validate(cfg)
+    except drama.Refusal as error:
+        raise drama.Refusal(f"{path}: {error}") from None
     num_actions = int(drama.make_env(cfg.game, 1, cfg.image_size).single_action_space.n)
     model, agent = drama.WorldModel(cfg, num_actions), drama.ActorCritic(cfg, num_actions)
     try:
@@ -369,9 +372,9 @@ class Pace:
         return dict(rate=round((len(self.ends) - 1) / span, 1) if span else None, late=self.late,
                     possible=round(1 / self.busy) if self.busy else None)
 
-    def rest(self) -> None:
-        """Nothing to do: neither late, nor slow."""
-        self.due = max(self.due, time.monotonic())
+    def rest(self, period: float) -> None:
+        """Nothing to do, which is neither late nor slow."""
+        self.due = time.monotonic() + period
         self.ends.clear()
 
 
@@ -381,31 +384,28 @@ def perform(stage: Stage, desk: Desk) -> None:
     while not desk.closed:
         with desk.bell:
             desk.bell.wait_for(lambda: desk.changed or desk.closed, pace.due - time.monotonic())
-            settings, wishes = dict(desk.settings), desk.wishes
-            held, changed = desk.held | desk.tapped, desk.changed
-            desk.wishes, desk.changed = [], False
-        begun, stepped = time.monotonic(), False
-        for name, value in wishes:
-            if name == "restart":
-                stage.restart(desk.moments.get(value))
-        wanted = any(name == "step" for name, _ in wishes)
-        if wanted or not settings["paused"] and begun >= pace.due:
-            row = ("game", "dream").index(settings["eyes"])
-            action = (stage.agents_choice(row) if settings["player"] == "agent" else
-                      action_of(held, stage.names))
-            if action is not None:
-                stage.step(action)
-                stepped = True
-            with desk.bell:
-                desk.tapped = set()
-        if stepped or changed:
+            begun, changed, desk.changed = time.monotonic(), desk.changed, False
+            settings, wishes, desk.wishes = dict(desk.settings), desk.wishes, []
+            moments = [desk.moments.get(value) for name, value in wishes if name == "restart"]
+            asked = any(name == "step" for name, _ in wishes)
+            stepping = asked or begun >= pace.due and not settings["paused"]
+            if stepping:  # a key pressed from here on counts for the next step
+                keys, desk.tapped = desk.held | desk.tapped, set()
+        for moment in moments:
+            stage.restart(moment)
+        if stepping:
+            action = (action_of(keys, stage.names) if settings["player"] == "you" else
+                      stage.agents_choice(("game", "dream").index(settings["eyes"])))
+            stepping = action is not None
+        if stepping:
+            stage.step(action)
+        if stepping or changed:
             record(stage, desk, settings["recording"])
             desk.publish(stage.report() | pace.report())
-        if stepped and not wanted:
+        if stepping and not asked:
             pace.took(begun, 1 / settings["speed"])
-        elif begun >= pace.due or settings["paused"]:
-            pace.rest()
-            pace.due += 1 / settings["speed"]
+        elif begun >= pace.due:
+            pace.rest(1 / settings["speed"])
 
 
 def record(stage: Stage, desk: Desk, recording: bool) -> None:
