@@ -1,7 +1,7 @@
 """Film the page of play.py in use, in a browser without a screen: how results/play.gif was made.
 
-    python experiments/film.py results/play.gif [--seconds 24] [play.py's flags]
-    python experiments/film.py page.png                one picture of the page, after the same play
+    python experiments/film.py results/play.gif [--steps 220] [play.py's flags]
+    python experiments/film.py page.png                the last picture alone
 
 Needs Chromium (or Chrome) and its chromedriver; `Browser` speaks WebDriver to it, plain JSON over
 HTTP, and the tests drive the page with it too.
@@ -22,6 +22,7 @@ from pathlib import Path
 
 PLAY = Path(__file__).resolve().parent / "play.py"
 WIDTH, HEIGHT, SCALED = 1280, 1130, 760  # the page; the GIF's width
+GAME_SPEED, FILM_SPEED = 15, 5  # steps a second: in the GIF; while it is filmed
 QUIET = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--disable-dev-shm-usage", "--hide-scrollbars")
@@ -116,41 +117,40 @@ class Browser:
 
 
 UP, DOWN = "\ue013", "\ue015"  # WebDriver's names of the arrow keys
-STORY = (  # share of the film's time, what happens then
-    (0.00, lambda browser: browser.script("control('eyes', 'dream')")),
-    (0.30, lambda browser: browser.keys(UP, True)),  # a hand takes over
-    (0.38, lambda browser: browser.keys(UP, False)),
-    (0.42, lambda browser: browser.keys(DOWN, True)),
-    (0.50, lambda browser: browser.keys(DOWN, False)),
-    (0.55, lambda browser: browser.tap("m")),  # and gives back
-    (0.70, lambda browser: browser.tap("r")),  # the dream begins anew
-)
+STORY = {  # step of the film: what happens then
+    0: lambda browser: (browser.tap("v"), browser.tap("r")),  # the agent plays in a new dream
+    80: lambda browser: browser.keys(UP, True),  # a hand takes over
+    96: lambda browser: (browser.keys(UP, False), browser.keys(DOWN, True)),
+    112: lambda browser: browser.keys(DOWN, False),
+    130: lambda browser: (browser.tap("m"), browser.tap("r")),  # and gives back; a new dream
+}
 
 
-def film(browser: Browser, seconds: float) -> list[tuple[float, bytes]]:
-    """The story, as fast as the browser takes pictures -> (when, PNG)."""
-    browser.until("page.number > 15")
-    story, shots, begun = list(STORY), [], time.monotonic()
-    while (now := time.monotonic() - begun) < seconds:
-        while story and now >= story[0][0] * seconds:
-            story.pop(0)[1](browser)
-        shots.append((now, browser.screenshot()))
-        time.sleep(max(0.0, begun + now + 1 / 8 - time.monotonic()))
+def film(browser: Browser, steps: int) -> list[tuple[int, bytes]]:
+    """The story -> (step, PNG) about every third step."""
+    browser.until("page.drawn > 3 && page.mine")
+    begun, story, shots = browser.script("page.state.step"), dict(STORY), []
+    while not shots or shots[-1][0] < steps:
+        step = browser.until(f"page.state.step >= {begun + 3 * len(shots)} && page.state.step")
+        step -= begun
+        for when in [when for when in story if when <= step]:
+            story.pop(when)(browser)
+        shots.append((step, browser.screenshot()))
     return shots
 
 
-def write(shots: list[tuple[float, bytes]], path: Path) -> None:
-    """The GIF, at the pace at which it was filmed."""
+def write(shots: list[tuple[int, bytes]], path: Path) -> None:
+    """The GIF at the game's own speed, however slow the filming was."""
     from PIL import Image
     images = []
     for _, png in shots:
         image = Image.open(io.BytesIO(png)).convert("RGB")
         image = image.resize((SCALED, SCALED * image.height // image.width), Image.Resampling.BOX)
         images.append(image)
-    palette = images[len(images) // 2].quantize(96)
+    palette = images[len(images) // 2].quantize(64)
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    times = [when for when, _ in shots]
-    lengths = [round(1000 * (b - a)) for a, b in zip(times, times[1:])] + [1000]
+    steps = [step for step, _ in shots]
+    lengths = [round(1000 * (b - a) / GAME_SPEED) for a, b in zip(steps, steps[1:])] + [1000]
     images[0].save(path, save_all=True, append_images=images[1:], duration=lengths, loop=0,
                    optimize=True)
 
@@ -160,12 +160,13 @@ def main() -> int:
     own = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     own.add_argument("file", type=Path)
-    own.add_argument("--seconds", type=float, default=16)
+    own.add_argument("--steps", type=int, default=220)
     own, rest = own.parse_known_args()
     if programs() is None:
         print("film.py: no Chromium with chromedriver here", file=sys.stderr)
         return 2
-    play = subprocess.Popen([sys.executable, PLAY, "--no-browser", "--port", "0", *rest],
+    play = subprocess.Popen([sys.executable, PLAY, "--no-browser", "--port", "0",
+                             "--speed", str(FILM_SPEED), *rest],
                             stdout=subprocess.PIPE, text=True)
     try:
         found = re.search(r"http://\S+", play.stdout.readline())
@@ -173,7 +174,7 @@ def main() -> int:
             return play.wait()  # it has said why
         with Browser() as browser:
             browser.open(found[0])
-            shots = film(browser, own.seconds)
+            shots = film(browser, own.steps)
     finally:
         play.terminate()
         play.wait()

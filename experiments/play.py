@@ -273,8 +273,8 @@ def write_gif(shots: list[Shot], file, speed: int) -> None:
             draw.text((x, gap // 2), caption, (205, 211, 224), font)
             if red:
                 draw.rectangle((x - 3, head - 3, x + side + 2, head + side + 2), (232, 70, 70))
-            scaled = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
-            image.paste(scaled, (x, head))
+            calm = Image.fromarray(picture & 0xf8)  # less noise: half the bytes
+            image.paste(calm.resize((side, side), Image.Resampling.NEAREST), (x, head))
         images.append(image.quantize(64, dither=Image.Dither.NONE))
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], loop=0,
                    duration=max(20, round(1000 / speed)))
@@ -689,7 +689,8 @@ def serve(stage: Stage, title: dict, own: argparse.Namespace) -> None:
         print(f"--host {own.host}: whoever reaches this machine's port {port} can watch and play; "
               "nothing is encrypted and nobody is asked for a password")
     if "COLAB_RELEASE_TAG" in os.environ:
-        print("in Colab, in a cell: from google.colab.output import eval_js; "
+        print("in Colab start this in the background (%%bash --bg); the address, in a cell: from "
+              "google.colab.output import eval_js; "
               f"print(eval_js('google.colab.kernel.proxyPort({port})'))")
     sys.stdout.flush()
     threading.Thread(target=server.serve_forever, daemon=True).start()
