@@ -146,9 +146,7 @@ def write(shots: list[tuple[int, bytes]], path: Path) -> None:
     for _, png in shots:
         image = Image.open(io.BytesIO(png)).convert("RGB")
         image = image.resize((SCALED, SCALED * image.height // image.width), Image.Resampling.BOX)
-        images.append(image)
-    palette = images[len(images) // 2].quantize(64)
-    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+        images.append(image.quantize(64, Image.Quantize.FASTOCTREE))
     steps = [step for step, _ in shots]
     lengths = [round(1000 * (b - a) / GAME_SPEED) for a, b in zip(steps, steps[1:])] + [1000]
     images[0].save(path, save_all=True, append_images=images[1:], duration=lengths, loop=0,

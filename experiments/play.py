@@ -275,7 +275,7 @@ def write_gif(shots: list[Shot], file, speed: int) -> None:
                 draw.rectangle((x - 3, head - 3, x + side + 2, head + side + 2), (232, 70, 70))
             calm = Image.fromarray(picture & 0xf8)  # less noise: half the bytes
             image.paste(calm.resize((side, side), Image.Resampling.NEAREST), (x, head))
-        images.append(image.quantize(64, dither=Image.Dither.NONE))
+        images.append(image.quantize(64, Image.Quantize.FASTOCTREE))  # keeps small things' colours
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], loop=0,
                    duration=max(20, round(1000 / speed)))
 
@@ -337,7 +337,8 @@ class Desk:
 
     def publish(self, state: dict) -> None:
         """The newest state, for every tab that waits."""
-        state |= self.settings | dict(title=self.title, shots=len(self.shots))
+        with self.bell:
+            state |= self.settings | dict(title=self.title, shots=len(self.shots))
         body = gzip.compress(json.dumps(state).encode(), 1)
         with self.bell:
             self.number, self.body = self.number + 1, body
@@ -399,8 +400,8 @@ def perform(stage: Stage, desk: Desk) -> None:
             stepping = action is not None
         if stepping:
             stage.step(action)
+            keep(stage, desk)
         if stepping or changed:
-            record(stage, desk, settings["recording"])
             desk.publish(stage.report() | pace.report())
         if stepping and not asked:
             pace.took(begun, 1 / settings["speed"])
@@ -408,11 +409,11 @@ def perform(stage: Stage, desk: Desk) -> None:
             pace.rest(1 / settings["speed"])
 
 
-def record(stage: Stage, desk: Desk, recording: bool) -> None:
+def keep(stage: Stage, desk: Desk) -> None:
     """Hand the desk the moments, and a shot while it records; a full reel ends the recording."""
     with desk.bell:
         desk.moments = dict(stage.moments)
-        if recording:
+        if desk.settings["recording"]:
             desk.shots.append(shoot(stage))
             desk.settings["recording"] = len(desk.shots) < RECORDED
 
