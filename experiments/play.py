@@ -55,6 +55,11 @@ COLAB = "colab.googleusercontent.com"  # the end of the name by which Colab pass
 # ---- the two worlds -----------------------------------------------------------------------------
 
 
+def brief(error: Exception) -> str:
+    """Its words, in a part of a line."""
+    return " ".join(str(error).split())[:110]
+
+
 def load(path: Path, game: str = "") -> tuple:
     """A run's checkpoint or an exported one -> (cfg, world model, agent, its step); Refusal."""
     if not path.is_file():
@@ -65,7 +70,7 @@ def load(path: Path, game: str = "") -> tuple:
         cfg, step = drama.Config(**saved["config"]), int(saved["at"]["step"])
     except Exception as error:  # a broken file can raise nearly anything
         raise drama.Refusal(f"{path} is no checkpoint of this drama.py "
-                            f"({str(error).splitlines()[0][:80]})") from None
+                            f"({brief(error)})") from None
     if game and game != cfg.game:
         raise drama.Refusal(f"--game {game}: {path} plays {cfg.game}")
     try:
@@ -79,7 +84,7 @@ def load(path: Path, game: str = "") -> tuple:
         agent.load_state_dict(saved["agent"])
     except (KeyError, RuntimeError, AttributeError) as error:
         raise drama.Refusal(f"{path}: weights and settings do not fit "
-                            f"({str(error).splitlines()[0][:80]})") from None
+                            f"({brief(error)})") from None
     return cfg, model.eval(), agent.eval(), step
 
 
