@@ -118,11 +118,11 @@ class Browser:
 
 UP, DOWN = "\ue013", "\ue015"  # WebDriver's names of the arrow keys
 STORY = {  # step of the film: what happens then
-    0: lambda browser: (browser.tap("v"), browser.tap("r")),  # the agent plays in a new dream
+    0: lambda browser: browser.tap("r"),  # the agent plays, and a dream begins
     80: lambda browser: browser.keys(UP, True),  # a hand takes over
     96: lambda browser: (browser.keys(UP, False), browser.keys(DOWN, True)),
     112: lambda browser: browser.keys(DOWN, False),
-    130: lambda browser: (browser.tap("m"), browser.tap("r")),  # and gives back; a new dream
+    130: lambda browser: list(map(browser.tap, "mvr")),  # the agent, in a new dream
 }
 
 
@@ -146,6 +146,7 @@ def write(shots: list[tuple[int, bytes]], path: Path) -> None:
     for _, png in shots:
         image = Image.open(io.BytesIO(png)).convert("RGB")
         image = image.resize((SCALED, SCALED * image.height // image.width), Image.Resampling.BOX)
+        image = image.point(lambda x: x & 0xf8)  # less noise, fewer bytes
         images.append(image.quantize(64, Image.Quantize.FASTOCTREE))
     steps = [step for step, _ in shots]
     lengths = [round(1000 * (b - a) / GAME_SPEED) for a, b in zip(steps, steps[1:])] + [1000]

@@ -139,7 +139,7 @@ class Stage:
         self.frame = self.env.reset(seed=seed)[0][0, 0]
         self.steps, self.action, self.score, self.usual = 0, None, 0.0, None
         self.surprise, self.high = None, False
-        self.reward, self.end = [0.0, 0.0], [0.0, 0.0]
+        self.reward, self.end, self.chosen_from = [0.0, 0.0], [0.0, 0.0], None
         self.logp = model.encode(torch.from_numpy(self.frame)[None]).expand(2, -1, -1)  # (2, K, C)
         self.z = drama.draw_one_hot(self.logp).flatten(-2)  # (2, K*C)
         self.d = torch.zeros(2, cfg.d_model)
@@ -168,7 +168,7 @@ class Stage:
     @torch.inference_mode()
     def step(self, action: int) -> None:
         """The same action in the game and in the dream."""
-        both = torch.tensor([action, action])
+        self.chosen_from, both = self.policy, torch.tensor([action, action])
         d, states = self.model.sequence.step(self.z, both, self.states)
         frame, reward, *over = self.env.step(np.array([action]))
         opens = bool(drama.episode_over(*over)[0])
@@ -226,13 +226,14 @@ class Stage:
         digits = 4
         sure = self.logp.exp()
         dice = self.z.view_as(sure).argmax(-1)  # (2, K)
+        policy = self.policy if self.chosen_from is None else self.chosen_from  # of this action
         return dict(
             step=self.steps, action=self.action, score=self.score,
             size=len(self.frame), pictures=[pixels(picture) for picture in self.pictures()],
             reward=np.round(self.reward, digits).tolist(), end=np.round(self.end, digits).tolist(),
             sums=np.round(self.sums, digits).tolist(), value=np.round(self.value, digits).tolist(),
-            policy=np.round(self.policy.tolist(), digits).tolist(), surprise=self.surprise,
-            usual=self.usual, high=self.high,
+            policy=np.round(policy.tolist(), digits).tolist(),
+            surprise=self.surprise, usual=self.usual, high=self.high,
             apart=drama.kl_divergence(*self.logp).item(),
             dice=dice.tolist(), classes=sure.shape[-1],
             sure=np.round(sure.gather(-1, dice[..., None]).squeeze(-1).tolist(), 2).tolist(),
@@ -257,7 +258,7 @@ class Shot(NamedTuple):
 
 def shoot(stage: Stage) -> Shot:
     """The present, for a recording."""
-    game, dream = stage.sums
+    game, dream = (round(total, 1) + 0.0 for total in stage.sums)  # and no -0.0
     state = f", ended at {stage.ended}" if stage.ended else ""
     return Shot(stage.pictures(), [f"real game, reward {game:+g}", "reconstruction",
                                    f"dream, step {stage.dreamt}, reward {dream:+.1f}{state}"],
