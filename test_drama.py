@@ -1803,6 +1803,9 @@ def test_keys_and_buttons_do_what_they_say(stage):
         shots = seat.until(lambda s: not s["recording"])["shots"]
         with Image.open(io.BytesIO(seat.ask("GET", "/recording.gif")[2])) as image:
             assert image.format == "GIF" and 2 <= image.n_frames <= shots
+        seat.control("paused", True)
+        seat.control("recording", True)
+        assert seat.until(lambda s: s["paused"] and s["recording"])["shots"] == 0  # a new reel
 
 
 def test_one_tab_plays_and_the_others_watch(stage, monkeypatch):

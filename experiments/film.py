@@ -1,6 +1,6 @@
 """Film the page of play.py in use, in a browser without a screen: how results/play.gif was made.
 
-    python experiments/film.py results/play.gif [--steps 220] [play.py's flags]
+    python experiments/film.py results/play.gif [--steps 200] [play.py's flags]
     python experiments/film.py page.png                the last picture alone
 
 Needs Chromium (or Chrome) and its chromedriver; `Browser` speaks WebDriver to it, plain JSON over
@@ -21,7 +21,7 @@ import urllib.request
 from pathlib import Path
 
 PLAY = Path(__file__).resolve().parent / "play.py"
-WIDTH, HEIGHT, SCALED = 1280, 1130, 760  # the page; the GIF's width
+WIDTH, HEIGHT, SCALED = 1280, 1130, 720  # the page; the GIF's width
 GAME_SPEED, FILM_SPEED = 15, 5  # steps a second: in the GIF; while it is filmed
 QUIET = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -159,7 +159,7 @@ def main() -> int:
     own = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     own.add_argument("file", type=Path)
-    own.add_argument("--steps", type=int, default=220)
+    own.add_argument("--steps", type=int, default=200)
     own, rest = own.parse_known_args()
     if programs() is None:
         print("film.py: no Chromium with chromedriver here", file=sys.stderr)
