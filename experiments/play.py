@@ -691,7 +691,7 @@ def serve(stage: Stage, title: dict, own: argparse.Namespace) -> None:
     port = server.server_address[1]
     print(f"{title['game']} after {title['trained']:,} steps of training: {server.url} "
           "(Ctrl-C stops it)")
-    print(f"from another machine: ssh -L {port}:127.0.0.1:{port} THIS-MACHINE, then that address")
+    print(f"from another machine: ssh -L {port}:localhost:{port} THIS-MACHINE, then that address")
     if own.host not in LOCAL:
         print(f"--host {own.host}: whoever reaches this machine's port {port} can watch and play; "
               "nothing is encrypted and nobody is asked for a password")
