@@ -10,6 +10,9 @@ so that no axis passes for another. Left out: whether it learns a game in hours;
 import csv
 import dataclasses
 import errno
+import gzip
+import http.client
+import io
 import json
 import math
 import os
@@ -19,6 +22,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1568,3 +1572,418 @@ def test_gridworld_is_learnt(tmp_path):
     learnt = [score for _, score in episodes[-10:]]
     assert len(at_random) > 40
     assert np.mean(learnt) > max(15, max(at_random)) > np.mean(at_random) + 3
+
+
+# ---- the page on which one plays in the dream, and the weights that come with the code -----------
+# The oracles: the scan over the whole history for the state carried on; a real browser.
+
+sys.path.insert(0, str(Path(drama.__file__).parent / "experiments"))
+import export  # noqa: E402
+import film  # noqa: E402
+import play as page  # noqa: E402
+
+
+def write_checkpoint(path, game="GridWorld", **changes):
+    """A checkpoint of training with random weights, on disk -> cfg, model, agent."""
+    cfg = small(game=game, **changes)
+    num_actions = drama.make_env(game, 1, cfg.image_size).single_action_space.n
+    model, agent = scrambled(WorldModel(cfg, num_actions)), scrambled(ActorCritic(cfg, num_actions))
+    with torch.no_grad():  # a dream that never ends
+        model.termination[-1].weight.zero_()
+        model.termination[-1].bias.fill_(-50)
+    torch.save(dict(config=dataclasses.asdict(cfg), at=dict(step=1234), replay=torch.zeros(999),
+                    model=model.state_dict(), agent=agent.state_dict()), path)
+    return cfg, model, agent
+
+
+@pytest.fixture
+def stage():
+    """The game and the dream on a GridWorld, by a model that knows nothing."""
+    cfg, model, agent = write_checkpoint(Path("checkpoint.pt"))
+    return page.Stage(cfg, model, agent, seed=3)
+
+
+def test_what_is_exported_is_the_same_agent_in_half_the_bytes(capsys):
+    Path("run").mkdir()
+    cfg, model, agent = write_checkpoint(NEWEST)
+    assert export.main(["run", "Grid.pt"]) == 0
+    assert "GridWorld at step 1,234" in capsys.readouterr().out
+    saved = torch.load("Grid.pt", weights_only=True)
+    assert saved["config"] == dataclasses.asdict(cfg) and saved["at"] == {"step": 1234}
+    assert saved.keys() == {"config", "at", "model", "agent"}
+    for name, weight in model.state_dict().items():
+        kept = saved["model"][name]
+        assert kept.dtype == (torch.float16 if weight.ndim > 1 else weight.dtype)
+        close(kept.float(), weight.float(), err_msg=name)
+    loaded, its_model, its_agent, step = page.load(Path("Grid.pt"))
+    assert (loaded, step) == (cfg, 1234) and not its_model.training
+    feature = torch.randn(6, cfg.d_feature)
+    close(its_agent.actor(feature).detach(), agent.actor(feature).detach(), atol=0.02)
+    close(its_agent.slow_critic(feature).detach(), its_agent.critic(feature).detach(), atol=0)
+    # one critic in the file, not two
+    torch.save(saved | {"agent": {k: v.clone() for k, v in saved["agent"].items()}}, "twice.pt")
+    critic = sum(x.numel() for x in agent.critic.state_dict().values())
+    assert Path("twice.pt").stat().st_size - Path("Grid.pt").stat().st_size > 2 * critic
+
+
+@pytest.mark.parametrize("held, pong, full, grid", [
+    ("", "NOOP", "NOOP", None), ("FIRE", "FIRE", "FIRE", None), ("UP", "RIGHT", "UP", "UP"),
+    ("DOWN", "LEFT", "DOWN", "DOWN"), ("DOWN FIRE", "LEFTFIRE", "DOWNFIRE", "DOWN"),
+    ("UP LEFT", "LEFT", "UPLEFT", "UP"), ("UP LEFT FIRE", "LEFTFIRE", "UPLEFTFIRE", "UP"),
+    ("LEFT RIGHT", "NOOP", "NOOP", None), ("UP DOWN LEFT", "LEFT", "LEFT", "LEFT")])
+def test_keys_ask_for_an_action_of_the_game(held, pong, full, grid):
+    for game, want in (("Pong", pong), ("Boxing", full), ("GridWorld", grid)):
+        names = page.action_names(drama.make_env(game, 1, 16))
+        got = page.action_of(set(held.split()), names)
+        assert (got if got is None else names[got]) == want, game
+
+
+def test_game_and_dream_take_one_action_and_their_states_are_the_scans(stage):
+    model, seen = stage.model, []
+    frames, opens = [stage.frame], [True]
+    for t in range(75):  # an episode has 64 steps
+        before = stage.z.clone()
+        if t == 20:
+            stage.restart()
+            before[1] = before[0]
+            assert stage.dreamt == 0 and stage.sums == [0, 0]
+        stage.step(t % 3)
+        assert stage.action == t % 3
+        seen.append(before)
+        frames.append(stage.frame)
+        opens.append(stage.surprise is None)
+    assert [t for t, new in enumerate(opens) if new] == [0, 64] and stage.steps == 75
+    z, action = torch.stack(seen, 1), torch.arange(75) % 3  # (2, 75, K*C)
+    with torch.no_grad():
+        d, _ = model.sequence(z[:1], action[None], first=torch.tensor([opens[:-1]]))
+        close(stage.d[0], d[0, -1])
+        posterior, prior = model.encode(torch.from_numpy(np.array(frames[-1])[None])), \
+            model.log_prior(d[:, -1])
+        kl = (posterior.exp() * (posterior - prior)).sum()
+        close(stage.surprise, kl)
+        # the dream: what the game had seen by step 20, then its own draws, and no reset at 64
+        past = torch.cat([z[:1, :20], z[1:, 20:]], 1)
+        d, _ = model.sequence(past, action[None], first=torch.tensor([opens[:1] + [False] * 74]))
+        close(stage.d[1], d[0, -1])
+        close(stage.logp[1], model.log_prior(d[0, -1]))
+        close(stage.reward[1], model.two_hot.mean(model.reward(d[0, -1])))
+    assert stage.dreamt == 55 and stage.ended is None and abs(stage.end[1]) < 1e-6
+
+
+def test_a_dream_starts_again_from_a_moment_of_the_game(stage, monkeypatch):
+    monkeypatch.setattr(page, "REMEMBER_EVERY", 7)
+    for _ in range(page.REMEMBER_EVERY * 10):
+        stage.step(0)
+        if stage.steps == page.REMEMBER_EVERY * 4:
+            z, d, frame = stage.z[0], stage.d[0], stage.frame
+    every = page.REMEMBER_EVERY
+    assert list(stage.moments) == [every * i for i in range(3, 11)]  # the last eight
+    game = stage.z[0], stage.d[0]
+    stage.restart(stage.moments[every * 4])
+    assert (stage.z[1] == z).all() and (stage.d[1] == d).all()
+    assert (stage.moments[every * 4].frame == frame).all() and stage.from_step == every * 4
+    assert (stage.z[0] == game[0]).all() and (stage.d[0] == game[1]).all()  # the game goes on
+
+
+def test_the_end_of_a_dream_is_said_once(stage):
+    with torch.no_grad():
+        stage.step(0)
+        stage.model.termination[-1].bias.fill_(50)
+        for _ in range(5):
+            stage.step(1)
+    assert stage.ended == 2 and page.shoot(stage).red == [stage.high, False, True]
+    stage.restart()
+    assert stage.ended is None and not page.shoot(stage).red[2]
+
+
+class Seat:
+    """A tab at a server in this process: `ask` sends a request, `state` is what it is shown."""
+
+    def __init__(self, stage, name="one", **settings):
+        self.name, self.stage = name, stage
+        self.desk = page.Desk(dict(game="GridWorld", trained=1, actions=stage.names,
+                                   speeds=page.SPEEDS, surprised=page.SURPRISED, checkpoint="x.pt"))
+        self.desk.settings |= settings
+        self.server = page.Server("127.0.0.1", 0, self.desk)
+        self.port = self.server.server_address[1]
+
+    def __enter__(self):
+        self.threads = [threading.Thread(target=page.perform, args=(self.stage, self.desk)),
+                        threading.Thread(target=self.server.serve_forever, args=(0.01,))]
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.desk.closed = True
+        self.server.shutdown()
+        self.server.server_close()
+        for thread in self.threads:
+            thread.join()
+
+    def ask(self, method, path, body=None, **headers):
+        """One request -> status, headers, body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        reply = connection.getresponse()
+        answer = reply.status, reply.headers, reply.read()
+        connection.close()
+        return answer
+
+    def state(self, tab="one"):
+        """What the page would show now."""
+        status, headers, body = self.ask("GET", f"/frame?tab={tab}&after=0")
+        assert status == 200 and headers["Content-Encoding"] == "gzip"
+        return json.loads(gzip.decompress(body)) | {"pad": headers["Pad"]}
+
+    def until(self, true):
+        """Wait for a state of which `true` holds -> that state."""
+        end = time.monotonic() + 20
+        while not true(state := self.state()):
+            assert time.monotonic() < end, state
+        return state
+
+    def control(self, name, value=None, tab="one"):
+        """Press a button -> status."""
+        return self.ask("POST", "/control", dict(tab=tab, name=name, value=value))[0]
+
+
+def test_keys_and_buttons_do_what_they_say(stage):
+    with Seat(stage, speed=60) as seat:
+        assert seat.until(lambda s: s["step"] > 3)["player"] == "agent"
+        assert seat.control("player", "you") == 200
+        still = seat.until(lambda s: s["player"] == "you")["step"]
+        time.sleep(0.2)  # GridWorld has no NOOP: without a key it waits
+        assert seat.state()["step"] == still
+        assert seat.ask("POST", "/key", dict(tab="one", held=["d"]))[0] == 200
+        held = seat.until(lambda s: s["step"] > still + 2)
+        assert stage.names[held["action"]] == "RIGHT" and seat.control("paused", True) == 200
+        seat.ask("POST", "/key", dict(tab="one", held=["arrowup"]))
+        seat.ask("POST", "/key", dict(tab="one", held=[]))
+        still = seat.until(lambda s: s["paused"])["step"]
+        assert seat.control("step") == 200  # a key let go before the step counts for it
+        stepped = seat.until(lambda s: s["step"] > still)
+        assert stepped["step"] == still + 1 and stage.names[stepped["action"]] == "UP"
+        assert stepped["dreamt"] == still + 1 and seat.control("restart") == 200
+        assert seat.until(lambda s: s["dreamt"] == 0)["step"] == still + 1
+        for name, value in (("player", "agent"), ("eyes", "dream"), ("paused", False)):
+            assert seat.control(name, value) == 200
+        moment = seat.until(lambda s: s["moments"])["moments"][0]
+        assert len(json.loads(seat.ask("GET", f"/moment?step={moment}")[2])) == 16 * 16 * 3 * 4 // 3
+        assert seat.control("restart", moment) == 200
+        assert seat.until(lambda s: s["began"] == moment)["eyes"] == "dream"
+        assert seat.ask("GET", "/recording.gif")[0] == 404
+        seat.control("recording", True)
+        seat.until(lambda s: s["shots"] >= 5)
+        seat.control("recording", False)
+        shots = seat.until(lambda s: not s["recording"])["shots"]
+        with Image.open(io.BytesIO(seat.ask("GET", "/recording.gif")[2])) as image:
+            assert image.format == "GIF" and 2 <= image.n_frames <= shots
+        seat.control("paused", True)
+        seat.control("recording", True)
+        assert seat.until(lambda s: s["paused"] and s["recording"])["shots"] == 0  # a new reel
+
+
+def test_one_tab_plays_and_the_others_watch(stage, monkeypatch):
+    monkeypatch.setattr(page, "PATIENCE", 0.5)
+    with Seat(stage, speed=60) as seat:
+        assert seat.state()["pad"] == "yours"
+        assert seat.state(tab="two")["pad"] == "taken"
+        assert seat.control("paused", True, tab="two") == 409
+        assert seat.ask("POST", "/key", dict(tab="two", held=["w"]))[0] == 409
+        assert not seat.desk.settings["paused"] and not seat.desk.held
+        seat.ask("POST", "/key", dict(tab="one", held=["w"]))
+        time.sleep(0.6)  # the first has left
+        assert seat.state(tab="two")["pad"] == "yours" and not seat.desk.held
+        assert seat.control("paused", True, tab="two") == 200
+        assert seat.state()["pad"] == "taken"
+
+
+def test_a_late_step_is_dropped_not_made_up_for(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr(page, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    pace = page.Pace()
+    for begun, end, due, late in ((10, 10.2, 11, 0), (11, 11.2, 12, 0), (12, 15.5, 15.5, 2),
+                                  (15.5, 15.7, 16.5, 2), (16.5, 17.9, 17.5, 2)):
+        now[0] = end
+        pace.took(begun, period=1)
+        assert (pace.due, pace.late) == (due, late)
+    assert pace.report()["rate"] == round(4 / (17.9 - 10.2), 1)
+    pace.rest(1)
+    assert (pace.due, pace.late, pace.report()["rate"]) == (18.9, 2, None)
+
+
+def test_late_steps_are_counted_and_nobody_waits_for_the_model(stage, monkeypatch):
+    slow, step = threading.Event(), stage.step
+
+    def dawdle(action):
+        if slow.is_set():
+            time.sleep(0.15)
+        step(action)
+
+    monkeypatch.setattr(stage, "step", dawdle)
+    with Seat(stage, speed=30) as seat:
+        seat.until(lambda s: s["step"] > 5)
+        slow.set()
+        seat.until(lambda s: s["late"] > 8)
+        asked = time.monotonic()
+        assert seat.ask("GET", "/")[0] == 200 and time.monotonic() - asked < 0.15
+        slow.clear()
+        # a slow tab gets the newest state, not those in between
+        first = int(seat.ask("GET", "/frame?tab=slow&after=0")[1]["Number"])
+        time.sleep(0.3)
+        assert int(seat.ask("GET", f"/frame?tab=slow&after={first}")[1]["Number"]) > first + 3
+
+
+@pytest.mark.parametrize("request_line, status", [
+    ("GET / HTTP/1.1", 200), ("GET /nowhere HTTP/1.1", 404), ("GET /../play.py HTTP/1.1", 404),
+    ("GET /frame?after=0 HTTP/1.1", 400), ("GET /frame?tab=x&after=-1 HTTP/1.1", 400),
+    ("GET /frame?tab=x HTTP/1.1", 400), ("GET /moment?step=7 HTTP/1.1", 404),
+    ("GET /moment?step=%00 HTTP/1.1", 400), ("BREW /pot HTTP/1.1", 400), ("rubbish", 400),
+    ("GET / HTTP/9.9", 400), ("GET / HTTP/x", 400), (f"GET /{'x' * 70000} HTTP/1.1", 414),
+    ("GET /key HTTP/1.1", 404), ("POST / HTTP/1.1", 404), ("POST /key HTTP/1.1", 400)])
+def test_malformed_requests_are_refused(request_line, status, stage, capfd):
+    with Seat(stage) as seat:
+        with socket.create_connection(("127.0.0.1", seat.port), timeout=20) as line:
+            line.sendall(f"{request_line}\r\nHost: localhost\r\n\r\n".encode())
+            assert line.recv(100).startswith(f"HTTP/1.1 {status}".encode())
+        assert seat.state()["pad"] == "yours"  # it goes on
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("path, body, length", [
+    ("/key", b"{", None), ("/key", b"[]", None), ("/key", b"\xff\xfe", None), ("/key", b"", None),
+    ("/key", b'{"tab": "one"}', None), ("/key", b'{"tab": "one", "held": "w"}', None),
+    ("/key", b'{"tab": "one", "held": ["q"]}', None), ("/key", b'{"tab": 7, "held": []}', None),
+    ("/key", b'{"tab": "one", "held": [["w"]]}', None), ("/key", b"[" * 9999, None),
+    ("/key", b"{}", "-3"), ("/key", b"{}", "two"), ("/key", b"{}", "99999999999"),
+    ("/control", b'{"tab": "one", "name": "speed", "value": 16}', None),
+    ("/control", b'{"tab": "one", "name": "speed", "value": true}', None),
+    ("/control", b'{"tab": "one", "name": "paused", "value": 1}', None),
+    ("/control", b'{"tab": "one", "name": "restart", "value": 7}', None),
+    ("/control", b'{"tab": "one", "name": ["step"]}', None),
+    ("/control", b'{"tab": "one", "name": "closed", "value": true}', None)])
+def test_malformed_orders_are_refused(path, body, length, stage, capfd):
+    with Seat(stage) as seat:
+        before = dict(seat.desk.settings)
+        with socket.create_connection(("127.0.0.1", seat.port), timeout=20) as line:
+            line.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+                         f"{length or len(body)}\r\n\r\n".encode() + body)
+            assert re.match(rb"HTTP/1.1 4\d\d ", line.recv(100))
+        assert seat.desk.settings == before and not seat.desk.held and not seat.desk.wishes
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("bound, host, origin, status", [
+    ("127.0.0.1", "127.0.0.1:{}", None, 200), ("127.0.0.1", "localhost:9999", None, 200),
+    ("127.0.0.1", "localhost:9999", "http://localhost:9999", 200),  # a port that ssh passes on
+    ("127.0.0.1", "localhost:{}", "http://localhost:9999", 403),  # another server's page
+    ("127.0.0.1", "evil.example:{}", None, 403), ("127.0.0.1", "192.168.0.7:{}", None, 403),
+    ("127.0.0.1", "127.0.0.1:{}", "http://evil.example", 403), ("127.0.0.1", "[::1", None, 403),
+    ("127.0.0.1", "127.0.0.1:{}", "null", 403), ("127.0.0.1", "localhost.evil.example", None, 403),
+    ("127.0.0.1", "x-colab.googleusercontent.com", None, 403),
+    ("0.0.0.0", "192.168.0.7:{}", "http://192.168.0.7:{}", 200),
+    ("0.0.0.0", "evil.example:{}", "http://evil.example:{}", 403)])
+def test_other_sites_do_not_reach_the_server(bound, host, origin, status, stage):
+    with Seat(stage) as seat:
+        seat.server.host = bound
+        headers = {"Host": host.format(seat.port)}
+        if origin:
+            headers["Origin"] = origin.format(seat.port)
+        assert seat.ask("GET", "/", **headers)[0] == status
+        order = dict(tab="one", name="paused", value=True)
+        assert seat.ask("POST", "/control", order, **headers)[0] == status
+        assert seat.desk.settings["paused"] == (status == 200)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--checkpoint none.pt", "none.pt: no such checkpoint"), ("--run nowhere", "no such"),
+    ("--checkpoint torn.pt", "torn.pt is no checkpoint"), ("--game Tennis", "Tennis.pt"),
+    ("--checkpoint it.pt --game Pong", "--game Pong: it.pt plays GridWorld"),
+    ("--checkpoint sizes.pt", "sizes.pt: weights and settings do not fit"),
+    ("--checkpoint other.pt", "other.pt.*Pnog"), ("--checkpoint it.pt", "no display.*--no-browser"),
+    ("--checkpoint it.pt --no-browser --port {}", "--port.*try another"),
+    ("--checkpoint it.pt --run .", "not allowed with"), ("--port 70000", "--port 70000"),
+    ("--steps 0 --gif x.gif", "--steps 0"), ("--speed 16", "--speed.*16"),
+    ("--checkpoint it.pt --no-browser --host 203.0.113.1", "--host 203.0.113.1"),
+    ("--checkpoint it.pt --gif no/x.gif", "no/x.gif: No such file"), ("--seed -1", "--seed -1")])
+def test_what_play_cannot_do_it_says_in_a_line(line, words, monkeypatch, capsys):
+    write_checkpoint("it.pt")
+    saved = torch.load("it.pt", weights_only=True)
+    for name, changes in (("sizes", dict(d_state=9)), ("other", dict(game="Pnog"))):
+        torch.save(saved | {"config": saved["config"] | changes}, f"{name}.pt")
+    Path("torn.pt").write_bytes(Path("it.pt").read_bytes()[:5000])
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert page.main(line.format(taken.getsockname()[1]).split()) == 2
+    told = capsys.readouterr().err
+    assert re.search(words, told) and re.fullmatch(r"play\.py: [^\n]+\n", told), told
+
+
+@pytest.mark.parametrize("line, words", [
+    ("nowhere x.pt", "no checkpoint in nowhere"), ("torn x.pt", "is broken"), ("run", "file"),
+    ("run no/x.pt", "no/x.pt|No such file")])
+def test_what_cannot_be_exported_is_said_in_a_line(line, words, capsys):
+    for name in ("run", "torn"):
+        Path(name).mkdir()
+    write_checkpoint(NEWEST)
+    Path("torn/checkpoint.pt").write_bytes(b"PK")
+    assert export.main(line.split()) == 2
+    told = capsys.readouterr().err
+    assert re.search(words, told) and re.fullmatch(r"export\.py: [^\n]+\n", told), told
+
+
+def test_a_gif_without_a_page(capsys):
+    write_checkpoint("it.pt")
+    assert page.main("--checkpoint it.pt --gif it.gif --steps 12 --seed 2".split()) == 0
+    assert "it.gif: 12 steps, reward" in capsys.readouterr().out
+    with Image.open("it.gif") as image:
+        assert image.n_frames == 13 and image.width > 3 * 192
+        colours = [colour for _, colour in image.convert("RGB").getcolors(1 << 24)]
+        assert any(r > 200 and g < 60 for r, g, _ in colours)  # GridWorld's red agent
+
+
+def test_the_page_in_a_real_browser(stage):
+    if film.programs() is None and not os.environ.get("CI"):
+        pytest.skip("no Chromium with chromedriver on this machine")
+    red = "document.querySelectorAll('figure')[2].classList.contains('red')"
+    dreamt = "document.getElementById('picture2').toDataURL()"
+    word = "document.getElementById('word').textContent"
+    with Seat(stage, speed=60) as seat, film.Browser() as browser:
+        browser.open(f"http://127.0.0.1:{seat.port}/")
+        browser.until("page.drawn > 3 && page.mine")
+        before = browser.script(dreamt)
+        browser.until(f"{dreamt} !== {json.dumps(before)}")
+        for key, name in (("d", "RIGHT"), ("\ue013", "UP")):  # \ue013: arrow up
+            browser.keys(key, True)
+            browser.until(f"page.state.player === 'you' && page.state.action === "
+                          f"{stage.names.index(name)}")
+            assert seat.desk.held == {name}
+            browser.keys(key, False)
+            seat.until(lambda _: not seat.desk.held)
+        browser.tap("m")
+        browser.until("page.state.player === 'agent'")
+        browser.until("page.state.dreamt >= 200")  # and the dream goes on
+        assert not browser.script(red) and browser.script("page.state.ended") is None
+        browser.click("#paused")
+        browser.until("page.state.paused")
+        step = browser.script("page.state.step")
+        browser.click("#step")
+        assert browser.until(f"page.state.step > {step} && page.state.step") == step + 1
+        assert browser.script("document.getElementById('pace').innerText").endswith(f" {step + 1}")
+        browser.click("#restart")
+        browser.until("page.state.dreamt === 0")
+        with torch.no_grad():
+            stage.model.termination[-1].bias.fill_(50)
+        browser.click("#step")
+        browser.until(red)
+        assert browser.script(word).startswith("The dream ended at its step 1.")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(page, "PATIENCE", 1e9)
+            seat.desk.pad = "another"
+            browser.until("document.body.classList.contains('watching')")
+            assert browser.script(word).startswith("Another tab is playing")
+        assert browser.script("document.documentElement.scrollWidth <= innerWidth")
+        assert browser.errors() == []

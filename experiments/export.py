@@ -1,0 +1,61 @@
+"""A run's weights alone, in half precision, their settings beside them: small enough for git.
+
+    python experiments/export.py runs/Pong-0 results/Pong.pt
+
+What comes out plays and dreams, with play.py or `drama.py --eval 20 --checkpoint FILE`; it cannot
+be trained on. Left out: optimisers, replay, and the slow critic, which stands as the critic.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import drama  # noqa: E402
+
+
+def halve(weights: dict) -> dict:
+    """Matrices and kernels in half precision; what has one axis or none is small, and stays."""
+    return {name: x.half() if x.ndim > 1 else x.clone() for name, x in weights.items()}
+
+
+def export(saved: dict) -> dict:
+    """A training checkpoint -> what playing needs, under the same names."""
+    agent = halve(saved["agent"])
+    for name in agent:  # one tensor under two names is written once
+        if name.startswith("slow_critic."):
+            agent[name] = agent[name.removeprefix("slow_")]
+    return dict(config=dict(saved["config"]), at=dict(step=saved["at"]["step"]),
+                model=halve(saved["model"]), agent=agent)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; return the exit code."""
+    parser = drama.Parser("export.py", description=__doc__, allow_abbrev=False,
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("file", type=Path, help="the file to write")
+    try:
+        own = parser.parse_args(argv)
+        source = own.run / "checkpoint.pt"
+        try:
+            saved = export(torch.load(source, map_location="cpu", weights_only=True))
+        except FileNotFoundError:
+            raise drama.Refusal(f"no checkpoint in {own.run}") from None
+        except Exception as error:  # a broken file can raise nearly anything
+            raise drama.Refusal(f"{source} is broken ({type(error).__name__})") from None
+        with open(own.file, "wb") as file:
+            torch.save(saved, file)
+    except (drama.Refusal, OSError) as error:
+        print(f"export.py: {error}", file=sys.stderr)
+        return 2
+    numbers = sum(x.numel() for part in ("model", "agent") for x in saved[part].values())
+    print(f"{own.file}: {saved['config']['game']} at step {saved['at']['step']:,}, "
+          f"{numbers:,} numbers, {own.file.stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
