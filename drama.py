@@ -1719,6 +1719,19 @@ def keep_freed_pages() -> None:
         pass  # not glibc
 
 
+def rebuild(saved: dict, cfg: Config, device: torch.device) -> tuple[WorldModel, ActorCritic]:
+    """World model and actor-critic with a checkpoint's weights, ready to play."""
+    num_actions = int(make_env(cfg.game, 1, cfg.image_size).single_action_space.n)
+    model, agent = WorldModel(cfg, num_actions), ActorCritic(cfg, num_actions)
+    try:
+        model.load_state_dict(saved["model"])
+        agent.load_state_dict(saved["agent"])
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise Refusal("the checkpoint's weights do not fit its settings "
+                      f"({str(error).splitlines()[0][:80]})") from None
+    return model.to(device).eval(), agent.to(device)
+
+
 def evaluate(cfg: Config, given: set[str], run: Run) -> int:
     """Play cfg.eval full episodes from the checkpoint and print the scores -> exit code."""
     device, path = choose_device(cfg), Path(cfg.checkpoint or run.checkpoint)
@@ -1729,11 +1742,8 @@ def evaluate(cfg: Config, given: set[str], run: Run) -> int:
     torch.manual_seed(cfg.seed)
     n = min(cfg.eval, cfg.eval_envs)
     env = make_env(cfg.game, n, cfg.image_size)
-    num_actions = int(env.single_action_space.n)
-    model, agent = WorldModel(cfg, num_actions).to(device), ActorCritic(cfg, num_actions).to(device)
-    model.load_state_dict(saved["model"])
-    agent.load_state_dict(saved["agent"], strict=not cfg.checkpoint)  # it may have no slow critic
-    player = Player(cfg, model.eval(), agent, n, device)
+    model, agent = rebuild(saved, cfg, device)
+    player = Player(cfg, model, agent, n, device)
     # every environment plays its share: the first N to end would favour short episodes
     share = [len(range(i, cfg.eval, n)) for i in range(n)]
     scores, totals = [[] for _ in range(n)], np.zeros(n)
@@ -1772,6 +1782,14 @@ def report(cfg: Config, run: Run, step: int, scores: np.ndarray) -> None:
             scores=scores.tolist()), indent=1))
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for an error."""
+
+    def error(self, message):
+        """Refuse a command line."""
+        raise Refusal(f"{message}; see --help")
+
+
 def boolean(text: str) -> bool:
     """true or false."""
     if text.lower() not in ("true", "false"):
@@ -1788,13 +1806,8 @@ def whole(text: str) -> int:
 
 def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
     """Command line -> Config (defaults, preset, flags, each over the last), the flags given."""
-    def refuse(message):
-        raise Refusal(f"{message}; see --help")
-
-    parser = argparse.ArgumentParser(
-        "drama.py", usage="%(prog)s --game NAME [--flag VALUE]", description=__doc__,
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+    parser = Parser("drama.py", usage="%(prog)s --game NAME [--flag VALUE]", description=__doc__,
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {"game": "what to run", "categoricals": "the dozen that matter (default; laptop's)",
               "image_size": "the rest (default; laptop's)"}
     kinds = {int: (whole, "N"), float: (float, "X"), bool: (boolean, "true|false"),

@@ -415,7 +415,8 @@ def test_draws_follow_the_probabilities(sampler, more):
     dreamt = torch.tensor([9, 3, 0, 7, 5, 15, 30, 2, 2, 6, 24, 1, 0, 0, 0], dtype=torch.int32)
     pairs, firsts = np.zeros((5, 5)), np.zeros(12)
     for _ in range(3000):
-        replay.trained[:15], replay.dreamt[:15] = v + more, dreamt + more * 3 // 2  # which must not matter
+        replay.trained[:15] = v + more
+        replay.dreamt[:15] = dreamt + more * 3 // 2  # which must not matter
         firsts[replay.draw_contexts()[0, 0]] += 1
         pairs[tuple(replay.draw_sequences()[:, 0])] += 1
     learn, dream = np.ones(5) / 5, np.ones(12) / 12

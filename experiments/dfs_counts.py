@@ -10,7 +10,6 @@ row, not the rows, are what matters, so 10,000 rows tell of 100,000.
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +27,13 @@ ARMS = {"paper, uniform": "--preset paper --sampler uniform", "paper, DFS": "--p
 def play(flags: str, rows: int) -> dict[str, torch.Tensor]:
     """v, b and the next draws' weights of a run's replay, its frames left black."""
     cfg, _ = drama.parse(f"{flags} --device cpu --steps {rows} --image_size 8".split())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "frames.bin")
-        np.zeros((rows, 8, 8, 3), np.uint8).tofile(path)
-        replay = drama.Replay(path, cfg, torch.device("cpu"))
-        wait = 3 * cfg.see_first * cfg.train_every * rows // 100_000  # NOTE(9), in a run so short
-        for replay.size in range(rows // 100, rows + 1, cfg.train_every):
-            if replay.size >= cfg.batch_size + cfg.batch_length:
-                replay.draw_sequences()
-                if replay.size >= rows // 100 + wait:
-                    replay.draw_contexts()
-        del replay.frame, replay.on_device  # Windows will not delete a mapped file
+    replay = drama.Replay(cfg, torch.device("cpu"))
+    wait = 3 * cfg.see_first * cfg.train_every * rows // 100_000  # NOTE(6), in a run so short
+    for replay.size in range(rows // 100, rows + 1, cfg.train_every):
+        if replay.size >= cfg.batch_size + cfg.batch_length:
+            replay.draw_sequences()
+            if replay.size >= rows // 100 + wait:
+                replay.draw_contexts()
     v, b, s, T = replay.trained, replay.dreamt, cfg.dreams / cfg.batch_size, cfg.temperature
     dfs = cfg.sampler == "dfs"
     return dict(v=v.float(), b=b.float(),
