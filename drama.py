@@ -200,8 +200,8 @@ PRESETS = {
         actor_lr=2e-4, entropy=1e-3, lr_warmup=100, temperature=1.25),
     "gridworld": dict(
         steps=10_000, first_stride=4, categoricals=16, classes=16, d_model=128, chunk_size=16,
-        head_units=128, batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1, see_first=50,
-        mean_frame=True, dreams=256, context=3, horizon=2, stored_latents=True,
+        head_units=128, batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1,
+        see_first=50, mean_frame=True, dreams=256, context=3, horizon=2, stored_latents=True,
         actor_units=128, critic_units=128, hidden_layers=2, model_lr=2e-3, actor_lr=5e-4,
         entropy=1e-2, lr_warmup=50),
     "tiny": dict(  # for tests
