@@ -1090,6 +1090,60 @@ def test_bad_input_is_answered_with_one_line(line, words, tmp_path, monkeypatch,
     assert Path("file").read_text() == "mine"
 
 
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+
+
+@needs_cuda
+def test_cuda_scans_as_the_recurrence_does():
+    weights = torch.randn(2, 40, 3, 5), torch.randn(2, 3, 5, 7)
+    run = partial(ref.values_and_gradients, weight_y=weights[0], weight_state=weights[1],
+                  first=ref.make_first("random", 2, 40, 16), dtype=torch.float64,
+                  inputs=ref.make_inputs(2, 40, 3, 5, 7, True))
+    want = run(ref.ssd_recurrent)
+
+    def on_cuda(*args, **options):
+        """The scan there, its results here."""
+        options = {name: x.cuda() for name, x in options.items()}
+        return tuple(x.cpu() for x in drama.ssd_scan(*(x.cuda() for x in args), 16, **options))
+
+    got = run(on_cuda)
+    assert max(ref.error(got[k], want[k]) for k in want) < 1e-10
+
+
+@needs_cuda
+@torch.no_grad()
+def test_cuda_sees_and_foretells_as_the_cpu_does(model, agent):
+    batch, told = make_batch((0,), (4,)), []
+    z = model.one_hot(torch.randint(0, C, (b, l, K)))
+    for device in ("cpu", "cuda"):
+        there, actor = model.to(device), agent.to(device).actor
+        d, _ = there.sequence(z.to(device), batch.action.to(device), first=batch.first.to(device))
+        feature = torch.cat([z.to(device), d], -1)
+        told.append([x.cpu() for x in (
+            there.encode(batch.frame.to(device)), there.decode(z.to(device)), there.log_prior(d),
+            there.two_hot.mean(there.reward(d)), there.termination(d), actor(feature))])
+    for here, there in zip(*told, strict=True):
+        close(here, there, rtol=1e-2, atol=2e-3)  # TF32
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiling", ["auto", "off"])
+def test_cuda_trains_saves_and_goes_on(compiling, no_pictures, tmp_path, capsys):
+    argv = f"--game GridWorld --preset tiny --device cuda --compile {compiling} --out {tmp_path}"
+    assert drama.main([*argv.split(), "--steps", "80"]) == 0
+    assert drama.main([*argv.split(), "--steps", "160"]) == 0
+    told = capsys.readouterr().out
+    assert "going on from step 80" in told and "cuda:0, bfloat16" in told
+    assert ("scan compiled" in told) == (compiling == "auto")
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True, map_location="cpu")
+    assert all(x.isfinite().all() for x in [*saved["model"].values(), *saved["agent"].values()])
+    assert len(read_csv(tmp_path / "metrics.csv")) == 7
+    assert drama.main([*argv.split(), "--eval", "2"]) == 0
+
+
 # ---- keeping a run: stop, go on, kill, break, refuse ---------------------------------------------
 # The oracle: the same run, never disturbed.
 
