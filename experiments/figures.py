@@ -27,8 +27,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dfs_counts  # noqa: E402
-import drama  # noqa: E402
 from diagnose import load  # noqa: E402
+
+import drama  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -135,7 +136,7 @@ def draw_dice(run: Trained):
 
 
 def scan_arguments(run: Trained, rows: torch.Tensor):
-    """x, dt, A, B, C of the first layer's ssd_scan along the recorded rows (l,), and their batch."""
+    """x, dt, A, B, C of the first layer's ssd_scan along the recorded rows (l,); their batch."""
     caught, scan = [], drama.ssd_scan
 
     def catch(*arguments, **more):
@@ -247,8 +248,8 @@ def draw_dream(run: Trained):
                 beside(axis, name)
     axis = figure.add_subplot(grid[2, :])
     x = np.arange(1, steps + 1)
-    axis.plot(x, surprise, ".-", color=RED, label="of the dream, which sees none of the frames")
-    axis.plot(x, seen.kl[0, context - 1:], ".-", color=BLUE, label="of a model that sees each frame")
+    axis.plot(x, surprise, ".-", color=RED, label="of the dream, which sees no frame")
+    axis.plot(x, seen.kl[0, context - 1:], ".-", color=BLUE, label="of one that sees each frame")
     axis.set(xlabel="steps since the last frame that the dream saw", ylim=(0, None),
              ylabel="surprise at the\nreal frame: KL, nats")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
@@ -280,14 +281,14 @@ def draw_returns(run: Trained, horizon: int = 12):
     x, plots = np.arange(horizon), [figure.add_subplot(grid[k, :]) for k in (1, 2, 3)]
     plots[0].bar(x, dream.reward[i], color=ORANGE)
     plots[0].set(ylabel="reward")
-    plots[1].plot(range(horizon + 1), value[i], "o--", color=GREY, label="V: what the critic expects")
-    plots[1].plot(x, R[i], "o-", color=BLUE, label="R: the lambda-return, what the dream brings")
+    plots[1].plot(range(horizon + 1), value[i], "o--", color=GREY, label="V: the critic expects")
+    plots[1].plot(x, R[i], "o-", color=BLUE, label="R: the dream brings (lambda-return)")
     plots[1].set(ylabel="R and V")
     plots[1].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     plots[2].bar(x, advantage[i], color=[GREEN if a > 0 else RED for a in advantage[i]])
     plots[2].axhline(0, color="black", lw=1)
-    plots[2].set(ylabel="advantage", xlabel="step of the dream (green: this action becomes likelier, "
-                 "red: less likely)")
+    plots[2].set(ylabel="advantage", xlabel="step of the dream "
+                 "(green: the action becomes likelier, red: less likely)")
     for axis in plots:
         axis.set(xlim=(-0.5, horizon + 0.5), xticks=x)
     return figure
