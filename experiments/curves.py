@@ -86,8 +86,8 @@ def draw(game: str, groups: dict, levels: dict, flags: str, k: int):
         band(axis, name, runs, colour)
     for name, level in levels.items():
         axis.axhline(level, ls="--", lw=1, color="black")
-        axis.annotate(f" {name}\n {round(level, 2):g}", (1, level), xycoords=("axes fraction", "data"),
-                      va="center")
+        axis.annotate(f" {name}\n {round(level, 2):g}", (1, level), va="center",
+                      xycoords=("axes fraction", "data"))
     if flags:
         cfg, _ = drama.parse(flags.split())
         dreams = cfg.warmup + 3 * cfg.see_first * cfg.train_every

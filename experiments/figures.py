@@ -11,7 +11,8 @@ The files are named after the game: results/figures/gridworld-dice.png and so on
     dream     a dream beside the truth, and how far the truth would surprise the dreamer
     returns   rewards, values, lambda-returns and advantages along a dream of the policy
     dfs       which rows DFS draws next, by age; from experiments/dfs_counts.py, no run is needed
-    reading   the run's curves, with the steps at which its phases end
+    reading   the run's curves, with the steps at which its phases end; and prints a table, each
+              logged number at its start, at its greatest and at the end
 """
 
 import argparse
@@ -332,6 +333,12 @@ def draw_reading(run: Trained):
                   loc="outside upper center", frameon=False)
     for axis in axes[-1]:
         axis.set_xlabel("environment steps")
+    print("| logged | first row | greatest | last five rows |\n| --- | --- | --- | --- |")
+    for name, column in metrics.items():
+        column = column[~np.isnan(column)]
+        if len(column):
+            told = column[0], column.max(), column[-5:].mean()
+            print(f"| {name} | " + " | ".join(f"{x:.3g}" for x in told) + " |")
     return figure
 
 
