@@ -7,7 +7,7 @@ The files are named after the game: results/figures/gridworld-dice.png and so on
 
     dice      a frame and the next one as K dice of C faces: which dice turn over
     memory    what is left of each token, exp(S_i - S_j): the decay matrices of three heads
-    guess     the prior's guess, the frame, the posterior, around the greatest surprise
+    guess     the prior's guess, the frame, the posterior, before and after a surprise
     dream     a dream beside the truth, and how far the truth would surprise the dreamer
     returns   rewards, values, lambda-returns and advantages along a dream of the policy
     dfs       which rows DFS draws next, by age; from experiments/dfs_counts.py, no run is needed
@@ -177,7 +177,7 @@ def draw_memory(run: Trained):
         axis.imshow(decay[..., head], cmap="Blues", vmin=0, vmax=1, extent=(0, length, length, 0))
         for opening in batch.first[0, 1:].nonzero()[:, 0] + 1:
             axis.axhline(opening, color=RED, ls="--")
-            axis.text(length, opening - 1, "a new episode opens", color=RED, ha="right")
+            axis.text(length, opening - 1, "new episode", color=RED, ha="right")
         axis.set_title(f"head {head + 1}: half is forgotten\nafter {half[head]:.1f} frames")
         axis.set(xlabel="written at frame", xticks=range(0, length + 1, 16),
                  yticks=range(0, length + 1, 16))
@@ -186,13 +186,14 @@ def draw_memory(run: Trained):
 
 
 def draw_guess(run: Trained):
-    """Prior, frame and posterior around the greatest surprise of the last steps."""
+    """Prior, frame and posterior around a surprise."""
     seen = see(run, calm_rows(run, min(run.cfg.batch_length, 24), 5))
     before, after = 2, 3
     begin = run.cfg.context + before
-    calm = sum(seen.kl[:, begin + k:seen.kl.shape[1] - after + k] for k in (-2, -1, 1, 2))
-    inside = seen.kl[:, begin:-after] - calm
-    i, t = divmod(int(inside.argmax()), inside.shape[1])
+    inside, calm = seen.kl[:, begin:-after], sum(
+        seen.kl[:, begin + k:seen.kl.shape[1] - after + k] for k in (-2, -1, 1, 2))
+    alone = (inside - calm).flatten()  # surprises with quiet steps around them, one in a hundred
+    i, t = divmod(int(alone.argsort()[-1 - len(alone) // 100]), inside.shape[1])
     t += begin + 1  # the surprising frame's place in its window
     places = range(t - before, t + after)
     figure, axes = pyplot.subplots(4, len(places), figsize=(10, 7.4), sharex="row",
@@ -257,9 +258,10 @@ def draw_dream(run: Trained):
     return figure
 
 
-def draw_returns(run: Trained, horizon: int = 12):
-    """What the actor and the critic learn from one dream of the policy."""
+def draw_returns(run: Trained):
+    """What the actor and the critic learn from one dream of the policy, of 12 steps at least."""
     model, agent, cfg = run.model, run.agent, run.cfg
+    horizon = max(12, cfg.horizon)
     model.cfg = dataclasses.replace(cfg, horizon=horizon)
     rows = calm_rows(run, cfg.context, 8)
     seen = see(run, rows)
@@ -268,17 +270,16 @@ def draw_returns(run: Trained, horizon: int = 12):
     value = agent.two_hot.mean(agent.critic(dream.feature))
     R = drama.lambda_return(dream.reward, dream.end, value, cfg.gamma, cfg.lam)
     advantage = (R - value[:, :-1]) / agent.scale.clamp(min=1)
-    middle = dream.reward[:, 2:-2].abs().sum(1)  # a dream in which something happens
-    i = int(middle.argsort()[len(middle) * 9 // 10])
+    both = torch.minimum(advantage.clamp(min=0).sum(1), (-advantage).clamp(min=0).sum(1))
+    event = dream.reward[:, horizon // 3:-3].abs().amax(1)
+    i = int((both + event).argmax())  # a dream with ups and downs, and a reward late in it
     frames = model.decode(dream.feature[i, :, :cfg.d_z])
-    names = "↑↓←→" if cfg.game == "GridWorld" else [str(k) for k in range(18)]
-    figure = pyplot.figure(figsize=(10, 6.6))
-    grid = figure.add_gridspec(4, horizon + 1, height_ratios=(1, 1, 2, 1.4))
-    for t in range(horizon + 1):
-        axis = figure.add_subplot(grid[0, t])
-        show(axis, frames[t], names[dream.action[i, t]] if t < horizon else "")
-        if not t:
-            beside(axis, "dream;\naction")
+    every = -(-(horizon + 1) // 9)
+    figure = pyplot.figure(figsize=(10, 6.8))
+    grid = figure.add_gridspec(4, horizon + 1, height_ratios=(1.2, 1, 2, 1.4))
+    for t in range(0, horizon + 2 - every, every):
+        axis = figure.add_subplot(grid[0, t:t + every])
+        show(axis, frames[t], f"step {t}")
     x, plots = np.arange(horizon), [figure.add_subplot(grid[k, :]) for k in (1, 2, 3)]
     plots[0].bar(x, dream.reward[i], color=ORANGE)
     plots[0].set(ylabel="reward")
@@ -290,8 +291,10 @@ def draw_returns(run: Trained, horizon: int = 12):
     plots[2].axhline(0, color="black", lw=1)
     plots[2].set(ylabel="advantage", xlabel="step of the dream "
                  "(green: the action becomes likelier, red: less likely)")
+    names = [f"\n{'↑↓←→'[a]}" if cfg.game == "GridWorld" else "" for a in dream.action[i]]
     for axis in plots:
-        axis.set(xlim=(-0.5, horizon + 0.5), xticks=x)
+        axis.set(xlim=(-0.5, horizon + 0.5), xticks=x, xticklabels=[])
+    plots[2].set(xticklabels=[f"{t}{name}" for t, name in zip(x, names)])
     return figure
 
 
