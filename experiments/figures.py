@@ -1,16 +1,17 @@
-"""Draw the six pictures of the README, and a seventh on how to read a run, from a real run.
+"""Draw the README's pictures from a real run.
 
-    python experiments/figures.py runs/GridWorld-0              all seven, into results/figures/
+    python experiments/figures.py runs/GridWorld-0              all of them, into results/figures/
     python experiments/figures.py runs/Pong-0 --only memory dream
 
 The files are named after the game: results/figures/gridworld-dice.png and so on.
 
+    model     the whole method in one drawing; no run is needed
     dice      a frame and the next one as K dice of C faces: which dice turn over
     memory    what is left of each token, exp(S_i - S_j): the decay matrices of three heads
     guess     the prior's guess, the frame, the posterior, before and after a surprise
     dream     a dream beside the truth, and how far the truth would surprise the dreamer
     returns   rewards, values, lambda-returns and advantages along a dream of the policy
-    dfs       which rows DFS draws next, by age; from experiments/dfs_counts.py, no run is needed
+    dfs       which rows DFS draws next, by age; from experiments/dfs_counts.py; no run is needed
     reading   the run's curves, with the steps at which its phases end; and prints a table, each
               logged number at its start, at its greatest and at the end
 """
@@ -103,6 +104,57 @@ def show(axis, frame: torch.Tensor, title: str = "", colour: str = "none") -> No
 def beside(axis, words: str) -> None:
     """A label to the left of a row of frames."""
     axis.text(-0.12, 0.5, words, transform=axis.transAxes, ha="right", va="center")
+
+
+def node(axis, x: float, y: float, words: str, colour: str) -> None:
+    """A word in a round box."""
+    axis.text(x, y, words, ha="center", va="center", fontsize=14 if len(words) < 20 else 12,
+              bbox=dict(boxstyle="round,pad=0.35", fc=colour, ec="0.3"), zorder=3)
+
+
+def arrow(axis, start: tuple, end: tuple, words: str = "", colour: str = "0.25", style: str = "->",
+          path: str = "arc3", at: tuple = (0.0, 0.0)) -> None:
+    """An arrow, and words beside its middle, moved by `at`."""
+    axis.annotate("", end, start, arrowprops=dict(
+        arrowstyle=style, color=colour, lw=2, shrinkA=15, shrinkB=15, mutation_scale=18,
+        connectionstyle=path), zorder=1)
+    axis.text((start[0] + end[0]) / 2 + at[0], (start[1] + end[1]) / 2 + at[1], words,
+              color=colour, ha="center", va="center", fontsize=12)
+
+
+def draw_model():
+    """Two steps of learning the world, two steps of a dream."""
+    env = drama.GridWorld(1, 64)
+    frames = [env.reset(seed=3)[0][0, 0], env.step(np.array([1]))[0][0, 0]]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 5.6))
+    for axis, awake in zip(axes, (True, False)):
+        axis.set(xlim=(0, 5.5), ylim=(-0.3, 6.6))
+        axis.axis("off")
+        axis.set_title("AWAKE: learn the world" if awake else "DREAM: learn to act", weight="bold")
+        for x, t, frame in zip((1, 3.7), ("t", "t+1"), frames):
+            if awake or t == "t":
+                axis.imshow(frame, extent=(x - 0.45, x + 0.45, 5.35, 6.5), aspect="auto")
+                axis.add_patch(pyplot.Rectangle((x - 0.45, 5.35), 0.9, 1.15, fill=False, ec="0.3"))
+                arrow(axis, (x, 5.55), (x, 4.1), "encoder", at=(0.55, 0))
+            node(axis, x, 4.1, f"$z_{{{t}}}$", "#cfe3f7")
+            node(axis, x + 1.05, 3.2, f"$a_{{{t}}}$", "#fbe3c0")
+            if not awake:
+                arrow(axis, (x, 4.1), (x + 1.05, 3.2), "actor", GREEN, at=(0.42, 0.2))
+            node(axis, x + 0.3, 2.1, "Mamba-2", "#e4e4e4")
+            arrow(axis, (x, 4.1), (x + 0.2, 2.1))
+            arrow(axis, (x + 1.05, 3.2), (x + 0.45, 2.1))
+            node(axis, x + 0.3, 1, f"$d_{{{t}}}$", "#d8ecd8")
+            arrow(axis, (x + 0.3, 2.2), (x + 0.3, 0.9))
+            node(axis, x + 0.3, 0, f"reward $r_{{{t}}}$, end $e_{{{t}}}$", "white")
+            arrow(axis, (x + 0.3, 1.1), (x + 0.3, -0.1))
+        arrow(axis, (1.7, 2.1), (3.55, 2.1), "memory $h_t$", at=(0.4, -0.25))
+        arrow(axis, (1.3, 1), (3.7, 4.1), "", ORANGE, "<->" if awake else "->",
+              "arc3,rad=0.12")
+        axis.text(2.8, 3.7 if awake else 5, "guess:\nhow far\noff?" if awake else
+                  "no frame:\nthe guess takes\nits place", color=ORANGE, ha="center", va="center")
+        if not awake:
+            arrow(axis, (1.3, 1), (4.85, 3.2), "", GREEN, path="angle3,angleA=0,angleB=90")
+    return figure
 
 
 def draw_dice(run: Trained):
@@ -356,14 +408,17 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder with a checkpoint")
     parser.add_argument("--out", type=Path, default=Path("results/figures"))
-    parser.add_argument("--only", nargs="*", choices=(*FIGURES, "dfs"), help="some of them")
+    parser.add_argument("--only", nargs="*", choices=("model", *FIGURES, "dfs"),
+                        help="some of them")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     run = Trained(args.run, *load(str(args.run)))
     pyplot.rcParams.update(STYLE)
-    for name in args.only or (*FIGURES, "dfs"):
+    for name in args.only or ("model", *FIGURES, "dfs"):
         torch.manual_seed(run.cfg.seed)
-        if name == "dfs":
+        if name == "model":
+            figure, path = draw_model(), args.out / "model.png"
+        elif name == "dfs":
             figure, path = dfs_counts.draw(dfs_counts.arms()), args.out / "dfs.png"
         else:
             figure, path = FIGURES[name](run), args.out / f"{run.cfg.game.lower()}-{name}.png"
