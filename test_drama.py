@@ -13,6 +13,7 @@ import errno
 import gzip
 import http.client
 import io
+import importlib
 import json
 import math
 import os
@@ -1988,3 +1989,120 @@ def test_the_page_in_a_real_browser(stage):
             assert browser.script(word).startswith("Another tab is playing")
         assert browser.script("document.documentElement.scrollWidth <= innerWidth")
         assert browser.errors() == []
+
+
+# ---- the README and its pictures ----------------------------------------------------------------
+
+ROOT = Path(drama.__file__).parent
+PAGES = [ROOT / "README.md", ROOT / "results" / "README.md"]
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=["README", "results"])
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert targets
+    for target in targets:
+        if "://" not in target:
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=["README", "results"])
+def test_no_paragraph_is_a_wall(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    long = [line for line in lines if len(line) > 400 and not line.startswith("|")]
+    assert len(lines) > 100 and not long
+
+
+def test_functions_that_the_readme_names_exist():
+    words = set(re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)`", PAGES[0].read_text(encoding="utf-8")))
+    named = {word for line in PAGES[0].read_text(encoding="utf-8").splitlines()
+             if line.startswith("Read: ") for word in re.findall(r"`(\w+(?:\.\w+)?)`", line)}
+    assert len(named) > 10 and named <= words
+    for name in named:
+        part = drama
+        for piece in name.split("."):
+            part = getattr(part, piece)
+
+
+def test_every_note_is_in_the_readmes_table():
+    table = re.findall(r"^\| NOTE\((\d+)\)", PAGES[0].read_text(encoding="utf-8"), re.M)
+    noted = re.findall(r"NOTE\((\d+)\)", Path(drama.__file__).read_text(encoding="utf-8"))
+    assert len(table) == len(set(table)) and set(table) == set(noted)
+
+
+def test_logged_numbers_are_explained():
+    text = PAGES[0].read_text(encoding="utf-8")
+    table = text[text.index("| logged |"):]
+    assert all(f"`{name}`" in table for name in drama.METRICS)
+
+
+def experiment(name: str):
+    """A script of experiments/ as a module."""
+    sys.path.insert(0, str(ROOT / "experiments"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "experiments"))
+
+
+@pytest.fixture(scope="module")
+def grid_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "grid"
+    flags = "--game GridWorld --preset tiny --steps 330 --device cpu --precision float32 --out"
+    assert drama.main([*flags.split(), str(folder)]) == 0
+    return folder
+
+
+def test_figures_are_drawn_from_a_run(grid_run, tmp_path, monkeypatch, capsys):
+    figures = experiment("figures")
+    names = ["model", "dice", "memory", "guess", "dream", "returns", "reading"]
+    monkeypatch.setattr(sys, "argv", ["figures.py", str(grid_run), "--out", str(tmp_path),
+                                      "--only", *names])
+    figures.main()
+    assert {file.stem.split("-")[-1] for file in tmp_path.iterdir()} == set(names)
+    assert "| reconstruction | " in capsys.readouterr().out
+
+
+def test_memory_is_cleared_at_an_opening(grid_run):
+    figures = experiment("figures")
+    run = figures.Trained(grid_run, *experiment("diagnose").load(str(grid_run)))
+    with torch.no_grad():
+        figure = figures.draw_memory(run)
+    length, opening = 2 * run.cfg.batch_length, run.cfg.batch_length
+    pictures = [image.get_array() for part in figure.subfigs for axis in part.axes
+                for image in axis.images if image.get_array().shape == (length, length)]
+    assert len(pictures) == 3
+    for decay in pictures:
+        assert not np.triu(decay, 1).any() and np.allclose(np.diag(decay), 1)
+        assert not decay[opening:, :opening].any() and decay[opening - 1, 0] > 0
+
+
+def test_curves_bands_lie_between_the_seeds(tmp_path):
+    curves = experiment("curves")
+    for name, returns in dict(low=(1, 3, 5), high=(3, 5, 7)).items():
+        rows = "".join(f"{10 * i + 10},{i},{r}\n" for i, r in enumerate(returns))
+        (tmp_path / f"{name}.csv").write_text("step,seconds,return\n" + rows)
+    runs = [curves.read(str(tmp_path / f"{name}.csv"), 2) for name in ("low", "high")]
+    assert runs[0].steps.tolist() == [20, 30] and runs[0].mean.tolist() == [2, 4]
+    figure = curves.draw("GridWorld", {"both": runs}, {"best": 9.0}, "", 2)
+    line = figure.axes[0].lines[0].get_ydata()
+    assert np.allclose([line[0], line[-1]], [3, 5])
+    band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert np.allclose([band.min(), band.max()], [2, 6])
+
+
+def test_weights_by_age_begin_with_the_newest():
+    counts = experiment("dfs_counts")
+    arms = {"DFS": dict(train=torch.arange(100.0), dream=torch.ones(100))}
+    figure = counts.draw(arms)
+    x, y = figure.axes[0].lines[0].get_data()
+    assert (np.diff(x) > 0).all() and (np.diff(y) < 0).all()

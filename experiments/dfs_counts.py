@@ -60,7 +60,8 @@ def draw(arms: dict):
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     for axis, (key, title) in zip(axes, titles.items()):
         for (name, columns), colour in zip(arms.items(), colours):
-            means = [part.mean() for part in columns[key].flip(0).chunk(50)]  # the newest first
+            newest_first = columns[key].flip(0)
+            means = [part.mean().item() for part in newest_first.chunk(50)]
             axis.plot(np.linspace(1, 99, 50), means, "--" if "uniform" in name else "-", lw=2.5,
                       color=colour, label=name)
         axis.set(xlabel="age of a frame, % of the run (0: the newest)", ylim=(0, None), title=title)

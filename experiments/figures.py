@@ -147,7 +147,7 @@ def draw_model():
             arrow(axis, (x + 0.3, 2.2), (x + 0.3, 0.9))
             node(axis, x + 0.3, 0, f"reward $r_{{{t}}}$, end $e_{{{t}}}$", "white")
             arrow(axis, (x + 0.3, 1.1), (x + 0.3, -0.1))
-        arrow(axis, (1.7, 2.1), (3.55, 2.1), "memory $h_t$", at=(0.4, -0.25))
+        arrow(axis, (1.7, 2.1), (3.55, 2.1), "memory $h_t$", at=(0.22, -0.25))
         arrow(axis, (1.3, 1), (3.7, 4.1), "", ORANGE, "<->" if awake else "->",
               "arc3,rad=0.12")
         axis.text(2.8, 3.7 if awake else 5, "guess:\nhow far\noff?" if awake else
@@ -174,7 +174,8 @@ def draw_dice(run: Trained):
         left, middle, right = (figure.add_subplot(grid[row, column]) for column in range(3))
         show(left, seen.batch.frame[i, row], when)
         show(right, decoded[row], "drawn from the dice")
-        middle.imshow(seen.log_post[i, row].exp().T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        probability = seen.log_post[i, row].exp().T.numpy()
+        middle.imshow(probability, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for k, face in enumerate(faces[i, row].tolist()):
             colour = RED if row and face != faces[i, 0, k] else "black"
             middle.add_patch(pyplot.Rectangle((k - 0.5, face - 0.5), 1, 1, fill=False, lw=2,
@@ -226,7 +227,8 @@ def draw_memory(run: Trained):
     for axis, t in zip(strip.subplots(1, 8), np.linspace(0, length - 1, 8).astype(int)):
         show(axis, batch.frame[0, t], f"frame {t}")
     for axis, head in zip(below.subplots(1, 3, sharey=True), heads):
-        axis.imshow(decay[..., head], cmap="Blues", vmin=0, vmax=1, extent=(0, length, length, 0))
+        axis.imshow(decay[..., head].numpy(), cmap="Blues", vmin=0, vmax=1,
+                    extent=(0, length, length, 0))
         for opening in batch.first[0, 1:].nonzero()[:, 0] + 1:
             axis.axhline(opening, color=RED, ls="--")
             axis.text(length, opening - 1, "new episode", color=RED, ha="right")
@@ -239,8 +241,8 @@ def draw_memory(run: Trained):
 
 def draw_guess(run: Trained):
     """Prior, frame and posterior around a surprise."""
-    seen = see(run, calm_rows(run, min(run.cfg.batch_length, 24), 5))
     before, after = 2, 3
+    seen = see(run, calm_rows(run, run.cfg.context + 16, 5))
     begin = run.cfg.context + before
     inside, calm = seen.kl[:, begin:-after], sum(
         seen.kl[:, begin + k:seen.kl.shape[1] - after + k] for k in (-2, -1, 1, 2))
@@ -303,7 +305,8 @@ def draw_dream(run: Trained):
     axis = figure.add_subplot(grid[2, :])
     x = np.arange(1, steps + 1)
     axis.plot(x, surprise, ".-", color=RED, label="of the dream, which sees no frame")
-    axis.plot(x, seen.kl[0, context - 1:], ".-", color=BLUE, label="of one that sees each frame")
+    axis.plot(x, seen.kl[0, context - 1:].numpy(), ".-", color=BLUE,
+              label="of one that sees each frame")
     axis.set(xlabel="steps since the last frame that the dream saw", ylim=(0, None),
              ylabel="surprise at the\nreal frame: KL, nats")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
@@ -333,13 +336,15 @@ def draw_returns(run: Trained):
         axis = figure.add_subplot(grid[0, t:t + every])
         show(axis, frames[t], f"step {t}")
     x, plots = np.arange(horizon), [figure.add_subplot(grid[k, :]) for k in (1, 2, 3)]
-    plots[0].bar(x, dream.reward[i], color=ORANGE)
+    plots[0].bar(x, dream.reward[i].numpy(), color=ORANGE)
     plots[0].set(ylabel="reward")
-    plots[1].plot(range(horizon + 1), value[i], "o--", color=GREY, label="V: the critic expects")
-    plots[1].plot(x, R[i], "o-", color=BLUE, label="R: the dream brings (lambda-return)")
+    plots[1].plot(range(horizon + 1), value[i].numpy(), "o--", color=GREY,
+                  label="V: the critic expects")
+    plots[1].plot(x, R[i].numpy(), "o-", color=BLUE, label="R: the dream brings (lambda-return)")
     plots[1].set(ylabel="R and V")
     plots[1].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-    plots[2].bar(x, advantage[i], color=[GREEN if a > 0 else RED for a in advantage[i]])
+    colours = [GREEN if a > 0 else RED for a in advantage[i]]
+    plots[2].bar(x, advantage[i].numpy(), color=colours)
     plots[2].axhline(0, color="black", lw=1)
     plots[2].set(ylabel="advantage", xlabel="step of the dream "
                  "(green: the action becomes likelier, red: less likely)")
@@ -413,6 +418,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     run = Trained(args.run, *load(str(args.run)))
+    print(f"{run.cfg.game}, step {run.replay.size:,}")
     pyplot.rcParams.update(STYLE)
     for name in args.only or ("model", *FIGURES, "dfs"):
         torch.manual_seed(run.cfg.seed)
