@@ -2016,6 +2016,14 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=["README", "results"])
+def test_scripts_that_a_page_names_exist(page):
+    scripts = set(re.findall(r"\b(?:experiments/|exercises/)?\w+\.py\b", page.read_text("utf-8")))
+    folders = [ROOT, ROOT / "experiments", ROOT / "exercises"]
+    assert len(scripts) > 3
+    assert not [name for name in scripts if not any((at / name).exists() for at in folders)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=["README", "results"])
 def test_no_paragraph_is_a_wall(page):
     lines = page.read_text(encoding="utf-8").splitlines()
     long = [line for line in lines if len(line) > 400 and not line.startswith("|")]
