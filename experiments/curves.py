@@ -84,9 +84,14 @@ def draw(game: str, groups: dict, levels: dict, flags: str, k: int):
     figure, axis = pyplot.subplots(figsize=(10, 5), layout="constrained")
     for (name, runs), colour in zip(groups.items(), COLOURS):
         band(axis, name, runs, colour)
-    for name, level in levels.items():
+    axis.margins(y=0.05)
+    for level in levels.values():
         axis.axhline(level, ls="--", lw=1, color="black")
-        axis.annotate(f" {name}\n {round(level, 2):g}", (1, level), va="center",
+    low, high = axis.get_ylim()
+    y = low
+    for name, level in sorted(levels.items(), key=lambda item: item[1]):
+        y = max(level, y + 0.06 * (high - low))  # no two words in one place
+        axis.annotate(f" {name} {round(level, 2):g}", (1, y), va="center",
                       xycoords=("axes fraction", "data"))
     if flags:
         cfg, _ = drama.parse(flags.split())
@@ -96,7 +101,7 @@ def draw(game: str, groups: dict, levels: dict, flags: str, k: int):
     axis.set(xlabel="environment steps", ylabel=f"return of an episode, mean of {k}", title=game)
     axis.spines[["top", "right"]].set_visible(False)
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.legend(loc="upper left", bbox_to_anchor=(0, 0.9))
+    axis.legend(loc="upper left", bbox_to_anchor=(0, 0.92))
     return figure
 
 
