@@ -12,8 +12,8 @@ import dataclasses
 import errno
 import gzip
 import http.client
-import io
 import importlib
+import io
 import json
 import math
 import os
@@ -2084,7 +2084,7 @@ def test_figures_are_drawn_from_a_run(grid_run, tmp_path, monkeypatch, capsys):
 
 def test_memory_is_cleared_at_an_opening(grid_run):
     figures = experiment("figures")
-    run = figures.Trained(grid_run, *experiment("diagnose").load(str(grid_run)))
+    run = figures.load(grid_run)
     with torch.no_grad():
         figure = figures.draw_memory(run)
     length, opening = 2 * run.cfg.batch_length, run.cfg.batch_length

@@ -2,10 +2,12 @@
 
     python experiments/curves.py --game GridWorld --out results/gridworld.png \
         --group DFS results/gridworld-?.csv --group uniform results/gridworld-?-uniform.csv
+    python experiments/curves.py --folder runs/atari100k --out results/atari100k.png
 
-Each file is a run's episodes.csv. Of each run the mean of --mean episodes is taken; a group's line
-is the mean over its runs, its band reaches from the worst to the best of them. --flags are the
-runs' own, such as "--preset laptop": they say where dreams, and with them learning to act, begin.
+The second draws every game of a folder of suite.py, a panel for each. In the first each file is a
+run's episodes.csv. Of each run the mean of --mean episodes is taken; a group's line is the mean
+over its runs, its band reaches from the worst to the best of them. --flags are the runs' own, such
+as "--preset laptop": they say where dreams, and with them learning to act, begin.
 Prints for each run that mean at --minutes and at the end, and when it first passed --level.
 For GridWorld the levels are the random policy, played here for 500 episodes, and the best possible
 return; for Atari, the published random, human and Drama scores.
@@ -105,21 +107,58 @@ def draw(game: str, groups: dict, levels: dict, flags: str, k: int):
     return figure
 
 
+def draw_folder(folder: Path, k: int):
+    """A panel for each game of Atari 100k that has begun, a curve for each seed."""
+    from matplotlib import pyplot
+    files = {game: [path for path in sorted(folder.glob(f"{game}-*/episodes.csv"))
+                    if path.stat().st_size] for game in drama.SCORES}
+    files = {game: paths for game, paths in files.items() if paths}
+    if not files:
+        sys.exit(f"no episode of any game has ended in {folder}")
+    columns = min(5, len(files))
+    height = -(-len(files) // columns)
+    figure, axes = pyplot.subplots(height, columns, figsize=(10, 2.2 * height + 0.8), sharex=True,
+                                   layout="constrained", squeeze=False)
+    for axis in axes.flat[len(files):]:
+        axis.set_visible(False)
+    lines = {}  # by label, for the legend
+    for axis, (game, paths) in zip(axes.flat, files.items()):
+        for path, colour in zip(paths, COLOURS):
+            run, seed = read(path, k), f"seed {path.parent.name.rpartition('-')[2]}"
+            lines[seed], = axis.plot(run.steps / 1000, run.mean, color=colour, label=seed)
+        for name, style in (("random", ":"), ("human", "--"), ("Drama", "-")):
+            lines[name] = axis.axhline(drama.SCORES[game][name], ls=style, lw=1, color="black")
+        axis.set_title(game, fontsize="medium")
+        axis.tick_params(labelsize="small")
+    figure.legend(lines.values(), lines.keys(), ncols=len(lines), loc="outside lower center",
+                  title=f"mean return of {k} episodes against thousands of environment steps")
+    return figure
+
+
 def main() -> None:
     """Read the files, tell, draw, save."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--game", required=True)
+    parser.add_argument("--game", help="the game of the files")
+    parser.add_argument("--folder", type=Path, help="run folders of many games, instead of files")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--group", nargs="+", action="append", required=True,
+    parser.add_argument("--group", nargs="+", action="append", default=[],
                         metavar=("NAME", "FILE"), help="a name, then an episodes.csv of each run")
     parser.add_argument("--flags", default="", help="the runs' flags: mark where dreams begin")
     parser.add_argument("--mean", type=int, default=10, help="episodes in the running mean")
     parser.add_argument("--minutes", type=float, nargs="*", default=[], help="marks to report")
     parser.add_argument("--level", type=float, help="report when the running mean passes it")
     args = parser.parse_args()
+    if bool(args.folder) == bool(args.game and args.group):
+        parser.error("give --game and --group, or --folder")
+    matplotlib.use("Agg")
+    matplotlib.rcParams["font.size"] = 13
+    if args.folder:
+        draw_folder(args.folder, args.mean).savefig(args.out, dpi=128)
+        print(args.out)
+        return
     if args.game == "GridWorld":
-        best = drama.GridWorld.best_return()
+        best = drama.GridWorld.BEST
         levels = {"random": random_return(), "best possible": best}
     else:
         levels = {k: drama.SCORES[args.game][k] for k in ("random", "human", "Drama")}
@@ -129,8 +168,6 @@ def main() -> None:
         groups[name] = [read(file, args.mean) for file in files]
         for file, run in zip(files, groups[name]):
             tell(file, run, args.mean, args.minutes, args.level)
-    matplotlib.use("Agg")
-    matplotlib.rcParams["font.size"] = 13
     draw(args.game, groups, levels, args.flags, args.mean).savefig(args.out, dpi=128)
     print(args.out)
 

@@ -29,7 +29,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dfs_counts  # noqa: E402
-from diagnose import load  # noqa: E402
 
 import drama  # noqa: E402
 
@@ -51,6 +50,19 @@ class Trained(NamedTuple):
     model: drama.WorldModel
     agent: drama.ActorCritic
     replay: drama.Replay
+
+
+def load(folder: Path) -> Trained:
+    """A run folder's checkpoint and frames; it may be in use."""
+    device = torch.device("cpu")
+    saved = drama.load_checkpoint(folder / "checkpoint.pt", device)
+    rows, names = len(saved["replay"]["action"]), drama.Config.__dataclass_fields__
+    cfg = drama.Config(**{name: value for name, value in saved["config"].items() if name in names})
+    replay = drama.Replay(dataclasses.replace(cfg, steps=rows), device)
+    replay.load_state_dict(saved["replay"])
+    replay.frame = torch.from_numpy(np.memmap(folder / "frames.bin", np.uint8, "c",
+                                              shape=tuple(replay.frame.shape)))
+    return Trained(folder, cfg, *drama.rebuild(saved, cfg, device), replay)
 
 
 class Seen(NamedTuple):
@@ -417,7 +429,10 @@ def main() -> None:
                         help="some of them")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    run = Trained(args.run, *load(str(args.run)))
+    try:
+        run = load(args.run)
+    except (drama.Refusal, OSError) as error:
+        parser.error(str(error))
     print(f"{run.cfg.game}, step {run.replay.size:,}")
     pyplot.rcParams.update(STYLE)
     for name in args.only or ("model", *FIGURES, "dfs"):
