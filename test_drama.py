@@ -2082,6 +2082,15 @@ def test_figures_are_drawn_from_a_run(grid_run, tmp_path, monkeypatch, capsys):
     assert "| reconstruction | " in capsys.readouterr().out
 
 
+def test_figures_of_nothing_are_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    figures = experiment("figures")
+    monkeypatch.setattr(sys, "argv", ["figures.py", str(tmp_path / "no"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        figures.main()
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(said) == 1 and "no checkpoint" in said[0]
+
+
 def test_memory_is_cleared_at_an_opening(grid_run):
     figures = experiment("figures")
     run = figures.load(grid_run)

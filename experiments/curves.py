@@ -163,8 +163,13 @@ def main() -> None:
     else:
         levels = {k: drama.SCORES[args.game][k] for k in ("random", "human", "Drama")}
     groups = {}
+    if not all(files for _, *files in args.group):
+        parser.error("--group needs a name and a file")
     for name, *patterns in args.group:
         files = sorted(file for pattern in patterns for file in glob.glob(pattern) or [pattern])
+        missing = [file for file in files if not Path(file).is_file()]
+        if missing:
+            parser.error(f"no such file: {missing[0]}")
         groups[name] = [read(file, args.mean) for file in files]
         for file, run in zip(files, groups[name]):
             tell(file, run, args.mean, args.minutes, args.level)

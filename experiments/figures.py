@@ -93,7 +93,8 @@ def calm_rows(run: Trained, length: int, stride: int) -> torch.Tensor:
     rows = starts[:, None] + torch.arange(length)
     calm = ~run.replay.first[rows[:, 1:]].any(1)
     if not calm.any():
-        sys.exit(f"{run.folder}: no {length} steps in a row without a new episode; train it longer")
+        raise drama.Refusal(f"{run.folder}: no {length} steps in a row without a new episode; "
+                            "train it longer")
     return rows[calm]
 
 
@@ -419,6 +420,21 @@ FIGURES = dict(dice=draw_dice, memory=draw_memory, guess=draw_guess, dream=draw_
 
 
 @torch.no_grad()
+def draw(run: Trained, name: str, out: Path) -> Path:
+    """Draw and save one figure -> its path."""
+    torch.manual_seed(run.cfg.seed)
+    with pyplot.rc_context(STYLE):
+        if name == "model":
+            figure, path = draw_model(), out / "model.png"
+        elif name == "dfs":
+            figure, path = dfs_counts.draw(dfs_counts.arms()), out / "dfs.png"
+        else:
+            figure, path = FIGURES[name](run), out / f"{run.cfg.game.lower()}-{name}.png"
+        figure.savefig(path)
+        pyplot.close(figure)
+    return path
+
+
 def main() -> None:
     """Load a run, draw, save."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -428,24 +444,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=("model", *FIGURES, "dfs"),
                         help="some of them")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
         run = load(args.run)
+        print(f"{run.cfg.game}, step {run.replay.size:,}")
+        for name in args.only or ("model", *FIGURES, "dfs"):
+            print(draw(run, name, args.out))
     except (drama.Refusal, OSError) as error:
-        parser.error(str(error))
-    print(f"{run.cfg.game}, step {run.replay.size:,}")
-    pyplot.rcParams.update(STYLE)
-    for name in args.only or ("model", *FIGURES, "dfs"):
-        torch.manual_seed(run.cfg.seed)
-        if name == "model":
-            figure, path = draw_model(), args.out / "model.png"
-        elif name == "dfs":
-            figure, path = dfs_counts.draw(dfs_counts.arms()), args.out / "dfs.png"
-        else:
-            figure, path = FIGURES[name](run), args.out / f"{run.cfg.game.lower()}-{name}.png"
-        figure.savefig(path)
-        pyplot.close(figure)
-        print(path)
+        print(f"figures.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
