@@ -2047,6 +2047,23 @@ def test_every_note_is_in_the_readmes_table():
     assert len(table) == len(set(table)) and set(table) == set(noted)
 
 
+def test_presets_of_the_readme_are_those_of_the_program():
+    text = PAGES[0].read_text(encoding="utf-8")
+    table = text[text.index("## Presets"):text.index("`--preset auto`")]
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:5]]
+            for cells in (line.split("|") for line in table.splitlines()) if len(cells) > 4}
+    shown = {"latent": "{0.categoricals} of {0.classes}", "dreams x steps": "{0.dreams:,} x "
+             "{0.horizon}", "frames in an update": "{0.batch_size} x {0.batch_length}",
+             "width of the sequence model": "{0.d_model}",
+             "temperature of DFS": "{0.temperature:g}"}
+    for i, name in enumerate(("paper", "laptop", "gridworld")):
+        cfg = drama.Config(**drama.PRESETS[name])
+        for row, words in shown.items():
+            told = rows[row][i].replace(" dice", "").replace(" faces", "")
+            assert told == words.format(cfg), (name, row)
+        assert re.sub(r"\D", "", rows["an update every"][i]) in ("", str(cfg.train_every))
+
+
 def test_logged_numbers_are_explained():
     text = PAGES[0].read_text(encoding="utf-8")
     table = text[text.index("| logged |"):]
