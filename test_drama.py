@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import gzip
 import http.client
+import importlib
 import io
 import json
 import math
@@ -2042,3 +2043,156 @@ def test_the_page_in_a_real_browser(stage):
             assert browser.script(word).startswith("Another tab is playing")
         assert browser.script("document.documentElement.scrollWidth <= innerWidth")
         assert browser.errors() == []
+
+
+# ---- the README and its pictures ----------------------------------------------------------------
+
+ROOT = Path(drama.__file__).parent
+PAGES = [ROOT / "README.md", ROOT / "results" / "README.md"]
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=["README", "results"])
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert targets
+    for target in targets:
+        if "://" not in target:
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=["README", "results"])
+def test_scripts_that_a_page_names_exist(page):
+    scripts = set(re.findall(r"\b(?:experiments/|exercises/)?\w+\.py\b", page.read_text("utf-8")))
+    folders = [ROOT, ROOT / "experiments", ROOT / "exercises"]
+    assert len(scripts) > 3
+    assert not [name for name in scripts if not any((at / name).exists() for at in folders)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=["README", "results"])
+def test_no_paragraph_is_a_wall(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    long = [line for line in lines if len(line) > 400 and not line.startswith("|")]
+    assert len(lines) > 100 and not long
+
+
+def test_functions_that_the_readme_names_exist():
+    words = set(re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)`", PAGES[0].read_text(encoding="utf-8")))
+    named = {word for line in PAGES[0].read_text(encoding="utf-8").splitlines()
+             if line.startswith("Read: ") for word in re.findall(r"`(\w+(?:\.\w+)?)`", line)}
+    assert len(named) > 10 and named <= words
+    for name in named:
+        part = drama
+        for piece in name.split("."):
+            part = getattr(part, piece)
+
+
+def test_every_note_is_in_the_readmes_table():
+    table = re.findall(r"^\| NOTE\((\d+)\)", PAGES[0].read_text(encoding="utf-8"), re.M)
+    noted = re.findall(r"NOTE\((\d+)\)", Path(drama.__file__).read_text(encoding="utf-8"))
+    assert len(table) == len(set(table)) and set(table) == set(noted)
+
+
+def test_presets_of_the_readme_are_those_of_the_program():
+    text = PAGES[0].read_text(encoding="utf-8")
+    table = text[text.index("## Presets"):text.index("`--preset auto`")]
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:5]]
+            for cells in (line.split("|") for line in table.splitlines()) if len(cells) > 4}
+    shown = {"latent": "{0.categoricals} of {0.classes}", "dreams x steps": "{0.dreams:,} x "
+             "{0.horizon}", "frames in an update": "{0.batch_size} x {0.batch_length}",
+             "width of the sequence model": "{0.d_model}",
+             "temperature of DFS": "{0.temperature:g}"}
+    for i, name in enumerate(("paper", "laptop", "gridworld")):
+        cfg = drama.Config(**drama.PRESETS[name])
+        for row, words in shown.items():
+            told = rows[row][i].replace(" dice", "").replace(" faces", "")
+            assert told == words.format(cfg), (name, row)
+        assert re.sub(r"\D", "", rows["an update every"][i]) in ("", str(cfg.train_every))
+
+
+def test_logged_numbers_are_explained():
+    text = PAGES[0].read_text(encoding="utf-8")
+    table = text[text.index("| logged |"):]
+    names = set(next(csv.reader(open(ROOT / "results" / "gridworld-0-metrics.csv"))))
+    assert len(names) > 20
+    assert all(f"`{name}`" in table for name in names - {"step", "seconds", "updates"})
+
+
+def experiment(name: str):
+    """A script of experiments/ as a module."""
+    sys.path.insert(0, str(ROOT / "experiments"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "experiments"))
+
+
+@pytest.fixture(scope="module")
+def grid_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "grid"
+    flags = "--game GridWorld --preset tiny --steps 330 --device cpu --precision float32 --out"
+    assert drama.main([*flags.split(), str(folder)]) == 0
+    return folder
+
+
+def test_figures_are_drawn_from_a_run(grid_run, tmp_path, monkeypatch, capsys):
+    figures = experiment("figures")
+    names = ["model", "dice", "memory", "guess", "dream", "returns", "reading"]
+    monkeypatch.setattr(sys, "argv", ["figures.py", str(grid_run), "--out", str(tmp_path),
+                                      "--only", *names])
+    figures.main()
+    assert {file.stem.split("-")[-1] for file in tmp_path.iterdir()} == set(names)
+    assert "| reconstruction | " in capsys.readouterr().out
+
+
+def test_figures_of_nothing_are_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    figures = experiment("figures")
+    monkeypatch.setattr(sys, "argv", ["figures.py", str(tmp_path / "no"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        figures.main()
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(said) == 1 and "no checkpoint" in said[0]
+
+
+def test_memory_is_cleared_at_an_opening(grid_run):
+    figures = experiment("figures")
+    run = figures.load(grid_run)
+    with torch.no_grad():
+        figure = figures.draw_memory(run)
+    length, opening = 2 * run.cfg.batch_length, run.cfg.batch_length
+    pictures = [image.get_array() for part in figure.subfigs for axis in part.axes
+                for image in axis.images if image.get_array().shape == (length, length)]
+    assert len(pictures) == 3
+    for decay in pictures:
+        assert not np.triu(decay, 1).any() and np.allclose(np.diag(decay), 1)
+        assert not decay[opening:, :opening].any() and decay[opening - 1, 0] > 0
+
+
+def test_curves_bands_lie_between_the_seeds(tmp_path):
+    curves = experiment("curves")
+    for name, returns in dict(low=(1, 3, 5), high=(3, 5, 7)).items():
+        rows = "".join(f"{10 * i + 10},{i},{r}\n" for i, r in enumerate(returns))
+        (tmp_path / f"{name}.csv").write_text("step,seconds,return\n" + rows)
+    runs = [curves.read(str(tmp_path / f"{name}.csv"), 2) for name in ("low", "high")]
+    assert runs[0].steps.tolist() == [20, 30] and runs[0].mean.tolist() == [2, 4]
+    figure = curves.draw("GridWorld", {"both": runs}, {"best": 9.0}, "", 2)
+    line = figure.axes[0].lines[0].get_ydata()
+    assert np.allclose([line[0], line[-1]], [3, 5])
+    band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert np.allclose([band.min(), band.max()], [2, 6])
+
+
+def test_weights_by_age_begin_with_the_newest():
+    counts = experiment("dfs_counts")
+    arms = {"DFS": dict(train=torch.arange(100.0), dream=torch.ones(100))}
+    figure = counts.draw(arms)
+    x, y = figure.axes[0].lines[0].get_data()
+    assert (np.diff(x) > 0).all() and (np.diff(y) < 0).all()

@@ -1,86 +1,179 @@
-"""Draw the episodes of several runs of one game into one picture, with reference returns.
+"""Draw the episodes of several runs of one game into one picture: a line and a band for each group.
 
-    python experiments/curves.py --game GridWorld --out results/gridworld.png results/gridworld*.csv
+    python experiments/curves.py --game GridWorld --out results/gridworld.png \
+        --group DFS results/gridworld-?.csv --group uniform results/gridworld-?-uniform.csv
+    python experiments/curves.py --folder runs/atari100k --out results/atari100k.png
 
-Each file is an episodes.csv. Prints for each the mean return of the last --mean episodes that ended
-by the --minutes, and when that running mean first passed --level. For GridWorld the lines are the
-random policy, played here for 500 episodes, and the best possible return; for Atari, the published
-random, human and Drama scores.
+The second draws every game of a folder of suite.py, a panel for each. In the first each file is a
+run's episodes.csv. Of each run the mean of --mean episodes is taken; a group's line is the mean
+over its runs, its band reaches from the worst to the best of them. --flags are the runs' own, such
+as "--preset laptop": they say where dreams, and with them learning to act, begin.
+Prints for each run that mean at --minutes and at the end, and when it first passed --level.
+For GridWorld the levels are the random policy, played here for 500 episodes, and the best possible
+return; for Atari, the published random, human and Drama scores.
 """
 
 import argparse
 import csv
+import glob
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drama import SCORES, GridWorld  # noqa: E402
+import drama  # noqa: E402
+
+COLOURS = "#1f5fa8", "#7a7a7a", "#e07b00", "#2a8a3e", "#8b3fa0"
+
+
+class Episodes(NamedTuple):
+    """The running mean of a run's episodes; entry i is that of the k that ended with this one."""
+
+    steps: np.ndarray
+    minutes: np.ndarray
+    mean: np.ndarray
 
 
 def random_return(episodes: int = 500) -> float:
     """Mean return of uniformly random actions in GridWorld."""
-    env, rng = GridWorld(episodes, image_size=8), np.random.default_rng(0)
+    env, rng = drama.GridWorld(episodes, image_size=8), np.random.default_rng(0)
     env.reset(seed=0)
-    actions = rng.integers(len(GridWorld.MOVES), size=(GridWorld.STEPS, episodes))
+    actions = rng.integers(len(env.MOVES), size=(env.STEPS, episodes))
     return sum(env.step(a)[1].sum() for a in actions) / episodes
 
 
-def tell(name: str, steps, minutes, mean, k: int, marks, level) -> None:
-    """A line for a run: mean[i] is that of the episodes i to i + k - 1, which ended at minutes."""
-    ended, words = minutes[k - 1:], []
-    for mark in (*(mark for mark in marks if mark < ended[-1]), ended[-1]):
-        i = np.searchsorted(ended, mark, side="right") - 1
+def read(name: str, k: int) -> Episodes:
+    """An episodes.csv, as means of k."""
+    with open(name) as file:
+        rows = list(csv.DictReader(file))
+    steps, seconds, returns = (np.array([float(row[column]) for row in rows])
+                               for column in ("step", "seconds", "return"))
+    k = min(k, len(returns))
+    mean = np.convolve(returns, np.ones(k) / k, mode="valid")
+    return Episodes(steps[k - 1:], seconds[k - 1:] / 60, mean)
+
+
+def tell(name: str, run: Episodes, k: int, marks, level) -> None:
+    """A line for a run."""
+    words, end = [], run.minutes[-1]
+    for mark in (*(mark for mark in marks if mark < end), end):
+        i = np.searchsorted(run.minutes, mark, side="right") - 1
         if i >= 0:
-            words.append(f"{mean[i]:.2f} at {mark:.1f} min (step {steps[k - 1:][i]:,.0f})")
+            words.append(f"{run.mean[i]:.2f} at {mark:.1f} min (step {run.steps[i]:,.0f})")
     if level is not None:
-        passed = np.flatnonzero(mean > level)
-        words.append(f"passes {level:.2f} " + (f"at step {steps[k - 1:][passed[0]]:,.0f}, "
-                                               f"{ended[passed[0]]:.1f} min" if len(passed)
-                                               else "never"))
+        passed = np.flatnonzero(run.mean > level)
+        words.append(f"passes {level:.2f} " + (
+            f"at step {run.steps[passed[0]]:,.0f}, {run.minutes[passed[0]]:.1f} min"
+            if len(passed) else "never"))
     print(f"{name}, mean of {k}: " + "; ".join(words))
 
 
+def band(axis, name: str, runs: list[Episodes], colour: str) -> None:
+    """A group: its mean, and from the worst to the best run, where all of them have played."""
+    x = np.linspace(max(run.steps[0] for run in runs), min(run.steps[-1] for run in runs), 300)
+    means = np.stack([np.interp(x, run.steps, run.mean) for run in runs])
+    axis.fill_between(x, means.min(0), means.max(0), color=colour, alpha=0.2, lw=0)
+    seeds = f"{len(runs)} seeds" if len(runs) > 1 else "one seed"
+    axis.plot(x, means.mean(0), color=colour, lw=2.5, label=f"{name}, {seeds}")
+
+
+def draw(game: str, groups: dict, levels: dict, flags: str, k: int):
+    """The figure: return against environment steps."""
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(10, 5), layout="constrained")
+    for (name, runs), colour in zip(groups.items(), COLOURS):
+        band(axis, name, runs, colour)
+    axis.margins(y=0.05)
+    for level in levels.values():
+        axis.axhline(level, ls="--", lw=1, color="black")
+    low, high = axis.get_ylim()
+    y = low
+    for name, level in sorted(levels.items(), key=lambda item: item[1]):
+        y = max(level, y + 0.06 * (high - low))  # no two words in one place
+        axis.annotate(f" {name} {round(level, 2):g}", (1, y), va="center",
+                      xycoords=("axes fraction", "data"))
+    if flags:
+        cfg, _ = drama.parse(flags.split())
+        dreams = cfg.warmup + 3 * cfg.see_first * cfg.train_every
+        axis.axvline(dreams, ls=":", color="black")
+        axis.annotate(" dreams begin", (dreams, 0.02), xycoords=("data", "axes fraction"))
+    axis.set(xlabel="environment steps", ylabel=f"return of an episode, mean of {k}", title=game)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.legend(loc="upper left", bbox_to_anchor=(0, 0.92))
+    return figure
+
+
+def draw_folder(folder: Path, k: int):
+    """A panel for each game of Atari 100k that has begun, a curve for each seed."""
+    from matplotlib import pyplot
+    files = {game: [path for path in sorted(folder.glob(f"{game}-*/episodes.csv"))
+                    if path.stat().st_size] for game in drama.SCORES}
+    files = {game: paths for game, paths in files.items() if paths}
+    if not files:
+        sys.exit(f"no episode of any game has ended in {folder}")
+    columns = min(5, len(files))
+    height = -(-len(files) // columns)
+    figure, axes = pyplot.subplots(height, columns, figsize=(10, 2.2 * height + 0.8), sharex=True,
+                                   layout="constrained", squeeze=False)
+    for axis in axes.flat[len(files):]:
+        axis.set_visible(False)
+    lines = {}  # by label, for the legend
+    for axis, (game, paths) in zip(axes.flat, files.items()):
+        for path, colour in zip(paths, COLOURS):
+            run, seed = read(path, k), f"seed {path.parent.name.rpartition('-')[2]}"
+            lines[seed], = axis.plot(run.steps / 1000, run.mean, color=colour, label=seed)
+        for name, style in (("random", ":"), ("human", "--"), ("Drama", "-")):
+            lines[name] = axis.axhline(drama.SCORES[game][name], ls=style, lw=1, color="black")
+        axis.set_title(game, fontsize="medium")
+        axis.tick_params(labelsize="small")
+    figure.legend(lines.values(), lines.keys(), ncols=len(lines), loc="outside lower center",
+                  title=f"mean return of {k} episodes against thousands of environment steps")
+    return figure
+
+
 def main() -> None:
-    """Read the files, draw, save."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--game", required=True)
+    """Read the files, tell, draw, save."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--game", help="the game of the files")
+    parser.add_argument("--folder", type=Path, help="run folders of many games, instead of files")
     parser.add_argument("--out", required=True)
+    parser.add_argument("--group", nargs="+", action="append", default=[],
+                        metavar=("NAME", "FILE"), help="a name, then an episodes.csv of each run")
+    parser.add_argument("--flags", default="", help="the runs' flags: mark where dreams begin")
     parser.add_argument("--mean", type=int, default=10, help="episodes in the running mean")
     parser.add_argument("--minutes", type=float, nargs="*", default=[], help="marks to report")
     parser.add_argument("--level", type=float, help="report when the running mean passes it")
-    parser.add_argument("files", nargs="+", help="episodes.csv of each run")
     args = parser.parse_args()
-    if args.game == "GridWorld":
-        levels = {"random": random_return(), "best possible": GridWorld.best_return(),
-                  "90% of the best": 0.9 * GridWorld.best_return()}
-    else:
-        levels = {k: SCORES[args.game][k] for k in ("random", "human", "Drama")}
+    if bool(args.folder) == bool(args.game and args.group):
+        parser.error("give --game and --group, or --folder")
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
-    for i, name in enumerate(args.files):
-        with open(name) as file:
-            rows = list(csv.DictReader(file))
-        returns = np.array([float(row["return"]) for row in rows])
-        k = min(args.mean, len(returns))
-        mean = np.convolve(returns, np.ones(k) / k, mode="valid")
-        times = [np.array([float(row[column]) for row in rows]) / scale
-                 for column, scale in (("step", 1), ("seconds", 60))]
-        tell(name, *times, mean, k, args.minutes, args.level)
-        for axis, x in zip(axes, times):
-            axis.plot(x, returns, ".", ms=2, alpha=0.4, color=f"C{i}")
-            axis.plot(x[k - 1:], mean, color=f"C{i}", label=Path(name).stem)
-    for axis, label in zip(axes, ("environment steps", "minutes")):
-        for name, level in levels.items():
-            axis.axhline(level, ls="--", lw=1, color="grey")
-            axis.annotate(f"{name} {level:.1f}", (0.99, level), xycoords=("axes fraction", "data"),
-                          ha="right", va="bottom", fontsize="small")
-        axis.set(xlabel=label, title=f"{args.game}: return of an episode, mean of {args.mean}")
-    axes[0].legend(fontsize="small", loc="best")
-    figure.savefig(args.out, dpi=90)
+    matplotlib.rcParams["font.size"] = 13
+    if args.folder:
+        draw_folder(args.folder, args.mean).savefig(args.out, dpi=128)
+        print(args.out)
+        return
+    if args.game == "GridWorld":
+        best = drama.GridWorld.BEST
+        levels = {"random": random_return(), "best possible": best}
+    else:
+        levels = {k: drama.SCORES[args.game][k] for k in ("random", "human", "Drama")}
+    groups = {}
+    if not all(files for _, *files in args.group):
+        parser.error("--group needs a name and a file")
+    for name, *patterns in args.group:
+        files = sorted(file for pattern in patterns for file in glob.glob(pattern) or [pattern])
+        missing = [file for file in files if not Path(file).is_file()]
+        if missing:
+            parser.error(f"no such file: {missing[0]}")
+        groups[name] = [read(file, args.mean) for file in files]
+        for file, run in zip(files, groups[name]):
+            tell(file, run, args.mean, args.minutes, args.level)
+    draw(args.game, groups, levels, args.flags, args.mean).savefig(args.out, dpi=128)
     print(args.out)
 
 

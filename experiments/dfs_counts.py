@@ -18,10 +18,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drama  # noqa: E402
 
-ARMS = {"paper, uniform": "--preset paper --sampler uniform", "paper, DFS": "--preset paper",
-        "laptop, uniform": "--preset laptop --sampler uniform",
-        "laptop, DFS at the paper's temperature": "--preset laptop --temperature 10",
-        "laptop, DFS": "--preset laptop"}
+ARMS = ("--preset paper", "--preset laptop",
+        f"--preset laptop --temperature {drama.Config.temperature:g}",  # the paper's
+        "--preset laptop --sampler uniform")
 
 
 def play(flags: str, rows: int) -> dict[str, torch.Tensor]:
@@ -41,15 +40,44 @@ def play(flags: str, rows: int) -> dict[str, torch.Tensor]:
                 dream=rows * (dfs * drama.dfs_dream_logits(v, b, s, T)).softmax(0))
 
 
+def arms(rows: int = 10_000) -> dict[str, dict[str, torch.Tensor]]:
+    """The counts and weights of every arm, by a name that says its preset and temperature."""
+    torch.manual_seed(0)
+    named = {}
+    for flags in ARMS:
+        cfg, _ = drama.parse(flags.split())
+        name = (f"{cfg.preset}, DFS at {cfg.temperature:g}" if cfg.sampler == "dfs" else
+                "uniform sampling")
+        named[name] = play(flags, rows)
+    return named
+
+
+def draw(arms: dict):
+    """A figure of the weights, by age."""
+    from matplotlib import pyplot
+    titles = dict(train="chance to be TRAINED on next", dream="chance to be DREAMT from next")
+    colours = "#1f5fa8", "#e07b00", "#c22f2f", "#8a8a8a"
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    for axis, (key, title) in zip(axes, titles.items()):
+        for (name, columns), colour in zip(arms.items(), colours):
+            newest_first = columns[key].flip(0)
+            means = [part.mean().item() for part in newest_first.chunk(50)]
+            axis.plot(np.linspace(1, 99, 50), means, "--" if "uniform" in name else "-", lw=2.5,
+                      color=colour, label=name)
+        axis.set(xlabel="age of a frame, % of the run (0: the newest)", ylim=(0, None), title=title)
+    axes[0].set_ylabel("1 = as likely as any other")
+    axes[0].legend(title="preset, sampler at temperature")
+    return figure
+
+
 def main() -> None:
     """Print the tables; draw the weights."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--picture", default="")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    arms = {name: play(flags, args.rows) for name, flags in ARMS.items()}
-    for name, columns in arms.items():
+    drawn = arms(args.rows)
+    for name, columns in drawn.items():
         never = (columns["v"] == 0).float().mean()
         print(f"\n{name}: no update began at {never:.0%} of rows; means of tenths, oldest first")
         for key, column in columns.items():
@@ -58,16 +86,8 @@ def main() -> None:
     if args.picture:
         import matplotlib
         matplotlib.use("Agg")
-        from matplotlib import pyplot
-        titles = dict(train="chance to be trained on next", dream="chance to be dreamt from next")
-        figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-        for axis, (key, title) in zip(axes, titles.items()):
-            for name, columns in arms.items():
-                means = [part.mean() for part in columns[key].chunk(50)]
-                axis.plot(np.linspace(1, 99, 50), means, label=name)
-            axis.set(title=f"{title} (1: uniform)", xlabel="age: % of the run when it was seen")
-        axes[0].legend(fontsize="small")
-        figure.savefig(args.picture, dpi=80)
+        matplotlib.rcParams["font.size"] = 13
+        draw(drawn).savefig(args.picture, dpi=128)
 
 
 if __name__ == "__main__":
