@@ -10,7 +10,6 @@ so that no axis passes for another. Left out: whether it learns a game in hours;
 import csv
 import dataclasses
 import errno
-import gzip
 import http.client
 import importlib
 import io
@@ -1647,8 +1646,9 @@ def write_checkpoint(path, game="GridWorld", **changes):
     with torch.no_grad():  # a dream that never ends
         model.termination[-1].weight.zero_()
         model.termination[-1].bias.fill_(-50)
-    torch.save(dict(config=dataclasses.asdict(cfg), at=dict(step=1234), replay=torch.zeros(999),
-                    model=model.state_dict(), agent=agent.state_dict()), path)
+    torch.save(dict(version=drama.VERSION, config=dataclasses.asdict(cfg), at=dict(step=1234),
+                    replay=torch.zeros(999), model=model.state_dict(), agent=agent.state_dict()),
+               path)
     return cfg, model, agent
 
 
@@ -1666,13 +1666,14 @@ def test_what_is_exported_is_the_same_agent_in_half_the_bytes(capsys):
     assert "GridWorld at step 1,234" in capsys.readouterr().out
     saved = torch.load("Grid.pt", weights_only=True)
     assert saved["config"] == dataclasses.asdict(cfg) and saved["at"] == {"step": 1234}
-    assert saved.keys() == {"config", "at", "model", "agent"}
+    assert saved.keys() == {"version", "config", "at", "model", "agent"}
     for name, weight in model.state_dict().items():
         kept = saved["model"][name]
         assert kept.dtype == (torch.float16 if weight.ndim > 1 else weight.dtype)
         close(kept.float(), weight.float(), err_msg=name)
-    loaded, its_model, its_agent, step = page.load(Path("Grid.pt"))
-    assert (loaded, step) == (cfg, 1234) and not its_model.training
+    cpu = torch.device("cpu")
+    its_model, its_agent = drama.rebuild(drama.load_checkpoint(Path("Grid.pt"), cpu), cfg, cpu)
+    assert its_model.prior.weight.dtype == torch.float32 and not its_model.training
     feature = torch.randn(6, cfg.d_feature)
     close(its_agent.actor(feature).detach(), agent.actor(feature).detach(), atol=0.02)
     close(its_agent.slow_critic(feature).detach(), its_agent.critic(feature).detach(), atol=0)
@@ -1680,6 +1681,35 @@ def test_what_is_exported_is_the_same_agent_in_half_the_bytes(capsys):
     torch.save(saved | {"agent": {k: v.clone() for k, v in saved["agent"].items()}}, "twice.pt")
     critic = sum(x.numel() for x in agent.critic.state_dict().values())
     assert Path("twice.pt").stat().st_size - Path("Grid.pt").stat().st_size > 2 * critic
+
+
+def test_exported_weights_are_scored_without_a_run_folder(capsys):
+    """The oracle: the run's own checkpoint, all of whose weights are exact in half precision."""
+    Path("run").mkdir()
+    write_checkpoint(NEWEST)
+    saved = torch.load(NEWEST, weights_only=True)
+    for part in ("model", "agent"):
+        saved[part] = {name: x.half().to(x.dtype) for name, x in saved[part].items()}
+    torch.save(saved, NEWEST)
+    assert export.main(["run", "Grid.pt"]) == 0
+    capsys.readouterr()
+
+    def told(line):
+        assert drama.main(["--device", "cpu", "--eval", "5", *line.split()]) == 0
+        return capsys.readouterr().out
+
+    run, seed = told("--out run"), told("--checkpoint Grid.pt --seed 1")
+    assert "GridWorld at step 1,234, 5 episodes" in run and not Path("runs").exists()
+    assert told("--checkpoint Grid.pt") == run != seed
+    evaluation = json.loads((OUT / "evaluation.json").read_text())
+    assert evaluation["seed"] == 0 and f"mean {evaluation['mean']:.2f}" in run
+    for flags, words in (("--game Pong", "game (was GridWorld, now Pong)"),
+                         ("--d-model 128", "d_model (was 14, now 128)")):
+        assert drama.main(["--eval", "5", "--checkpoint", "Grid.pt", *flags.split()]) == 2
+        refusal = capsys.readouterr().err
+        assert words in refusal and "Grid.pt" in refusal and refusal.count("\n") == 1
+    # and the page plays from the same file
+    assert page.main("--checkpoint Grid.pt --gif it.gif --steps 2".split()) == 0
 
 
 @pytest.mark.parametrize("held, pong, full, grid", [
@@ -1737,7 +1767,7 @@ def test_a_dream_starts_again_from_a_moment_of_the_game(stage, monkeypatch):
     game = stage.z[0], stage.d[0]
     stage.restart(stage.moments[every * 4])
     assert (stage.z[1] == z).all() and (stage.d[1] == d).all()
-    assert (stage.moments[every * 4].frame == frame).all() and stage.from_step == every * 4
+    assert (stage.moments[every * 4].frame == frame).all() and stage.began == every * 4
     assert (stage.z[0] == game[0]).all() and (stage.d[0] == game[1]).all()  # the game goes on
 
 
@@ -1747,9 +1777,13 @@ def test_the_end_of_a_dream_is_said_once(stage):
         stage.model.termination[-1].bias.fill_(50)
         for _ in range(5):
             stage.step(1)
-    assert stage.ended == 2 and page.shoot(stage).red == [stage.high, False, True]
+    stage.high = False
+    edges = page.shoot(stage)[0][0, :, [0, -1], :]  # (2, 3, W, 3): top and bottom of each picture
+    assert stage.ended == 2 and (edges[:, 2] == (255, 0, 0)).all()
+    assert (edges[:, :2] == stage.pictures[:2, [0, -1]].swapaxes(0, 1) & 0xf8).all()
     stage.restart()
-    assert stage.ended is None and not page.shoot(stage).red[2]
+    assert stage.ended is None
+    assert (page.shoot(stage)[0][0] == stage.pictures & 0xf8).all()
 
 
 class Seat:
@@ -1789,8 +1823,8 @@ class Seat:
     def state(self, tab="one"):
         """What the page would show now."""
         status, headers, body = self.ask("GET", f"/frame?tab={tab}&after=0")
-        assert status == 200 and headers["Content-Encoding"] == "gzip"
-        return json.loads(gzip.decompress(body)) | {"pad": headers["Pad"]}
+        assert status == 200
+        return json.loads(body) | {"pad": headers["Pad"]}
 
     def until(self, true):
         """Wait for a state of which `true` holds -> that state."""
@@ -1825,7 +1859,8 @@ def test_keys_and_buttons_do_what_they_say(stage):
         for name, value in (("player", "agent"), ("eyes", "dream"), ("paused", False)):
             assert seat.control(name, value) == 200
         moment = seat.until(lambda s: s["moments"])["moments"][0]
-        assert len(json.loads(seat.ask("GET", f"/moment?step={moment}")[2])) == 16 * 16 * 3 * 4 // 3
+        with Image.open(io.BytesIO(seat.ask("GET", f"/moment?step={moment}")[2])) as picture:
+            assert (np.array(picture) == seat.desk.moments[moment].frame).all()
         assert seat.control("restart", moment) == 200
         assert seat.until(lambda s: s["began"] == moment)["eyes"] == "dream"
         assert seat.ask("GET", "/recording.gif")[0] == 404
@@ -1853,6 +1888,21 @@ def test_one_tab_plays_and_the_others_watch(stage, monkeypatch):
         assert seat.state(tab="two")["pad"] == "yours" and not seat.desk.held
         assert seat.control("paused", True, tab="two") == 200
         assert seat.state()["pad"] == "taken"
+
+
+def test_many_tabs_at_once(stage):
+    with Seat(stage, speed=60) as seat:
+        tabs = [http.client.HTTPConnection("127.0.0.1", seat.port, timeout=20) for _ in range(50)]
+        for _ in range(2):
+            for i, tab in enumerate(tabs):
+                tab.request("GET", f"/frame?tab={i}&after=0")
+            replies = [tab.getresponse() for tab in tabs]
+            assert all(reply.status == 200 and json.loads(reply.read()) for reply in replies)
+            assert [reply.headers["Pad"] for reply in replies].count("yours") == 1
+        for tab in tabs:
+            tab.close()
+        step = seat.state()["step"]
+        seat.until(lambda s: s["step"] > step + 5)
 
 
 def test_a_late_step_is_dropped_not_made_up_for(monkeypatch):
@@ -1939,8 +1989,14 @@ def test_malformed_orders_are_refused(path, body, length, stage, capfd):
     ("127.0.0.1", "127.0.0.1:{}", "null", 403), ("127.0.0.1", "localhost.evil.example", None, 403),
     ("127.0.0.1", "x-colab.googleusercontent.com", None, 403),
     ("0.0.0.0", "192.168.0.7:{}", "http://192.168.0.7:{}", 200),
-    ("0.0.0.0", "evil.example:{}", "http://evil.example:{}", 403)])
-def test_other_sites_do_not_reach_the_server(bound, host, origin, status, stage):
+    ("0.0.0.0", "evil.example:{}", "http://evil.example:{}", 403),
+    ("colab", "localhost:{}", "https://x-colab.googleusercontent.com", 200),
+    ("colab", "x-colab.googleusercontent.com", "https://x-colab.googleusercontent.com", 200),
+    ("colab", "localhost:{}", "https://evil.example", 403),
+    ("colab", "evil.example", None, 403)])
+def test_other_sites_do_not_reach_the_server(bound, host, origin, status, stage, monkeypatch):
+    if bound == "colab":
+        bound, _ = "127.0.0.1", monkeypatch.setenv("COLAB_RELEASE_TAG", "1")
     with Seat(stage) as seat:
         seat.server.host = bound
         headers = {"Host": host.format(seat.port)}
@@ -1953,11 +2009,32 @@ def test_other_sites_do_not_reach_the_server(bound, host, origin, status, stage)
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--checkpoint none.pt", "none.pt: no such checkpoint"), ("--run nowhere", "no such"),
-    ("--checkpoint torn.pt", "torn.pt is no checkpoint"), ("--game Tennis", "Tennis.pt"),
-    ("--checkpoint it.pt --game Pong", "--game Pong: it.pt plays GridWorld"),
-    ("--checkpoint sizes.pt", "sizes.pt: weights and settings do not fit"),
-    ("--checkpoint other.pt", "other.pt.*Pnog"), ("--checkpoint it.pt", "no display.*--no-browser"),
+    ("", r"GridWorld after 1,234 steps of training: (http://127.0.0.1:\d+/)"),
+    ("--no-browser", r"ssh -L (\d+):localhost:\1 "),
+    ("--no-browser --host 0.0.0.0", r"http://127.0.0.1:(\d+)/[^$]*whoever reaches.* port \1 can"),
+    ("--no-browser", r"127.0.0.1:(\d+)/[^$]*kernel.proxyPort\(\1\)")])
+def test_play_says_where_the_page_is_and_who_can_reach_it(line, words, monkeypatch, capsys):
+    write_checkpoint("it.pt")
+    opened = []
+    monkeypatch.setattr(page, "perform", lambda stage, desk: None)
+    monkeypatch.setattr(page.Server, "serve_forever", lambda server: None)
+    monkeypatch.setattr(page.webbrowser, "open", opened.append)
+    monkeypatch.setenv("DISPLAY", ":0")
+    if "proxyPort" in words:
+        monkeypatch.setenv("COLAB_RELEASE_TAG", "1")
+    assert page.main(f"--checkpoint it.pt --port 0 {line}".split()) == 0
+    told = capsys.readouterr().out
+    found = re.search(words, told)
+    assert found and ("whoever" in told) == ("--host" in line), told
+    assert opened == ([] if line else [found[1]])
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--checkpoint none.pt", "no checkpoint at none.pt"), ("--run nowhere", "at nowhere"),
+    ("--checkpoint torn.pt", "torn.pt is broken"), ("--game Tennis", "Tennis.pt"),
+    ("--checkpoint it.pt --game Pong", r"game \(was GridWorld, now Pong\)"),
+    ("--checkpoint sizes.pt", "weights do not fit"), ("--checkpoint new.pt", "hands .of version 2"),
+    ("--checkpoint other.pt", "Pnog: no such"), ("--checkpoint it.pt", "no display.*--no-browser"),
     ("--checkpoint it.pt --no-browser --port {}", "--port.*try another"),
     ("--checkpoint it.pt --run .", "not allowed with"), ("--port 70000", "--port 70000"),
     ("--steps 0 --gif x.gif", "--steps 0"), ("--speed 16", "--speed.*16"),
@@ -1966,7 +2043,8 @@ def test_other_sites_do_not_reach_the_server(bound, host, origin, status, stage)
 def test_what_play_cannot_do_it_says_in_a_line(line, words, monkeypatch, capsys):
     write_checkpoint("it.pt")
     saved = torch.load("it.pt", weights_only=True)
-    for name, changes in (("sizes", dict(d_state=9)), ("other", dict(game="Pnog"))):
+    for name, changes in (("sizes", dict(d_state=9)), ("other", dict(game="Pnog")),
+                          ("new", dict(hands=2))):
         torch.save(saved | {"config": saved["config"] | changes}, f"{name}.pt")
     Path("torn.pt").write_bytes(Path("it.pt").read_bytes()[:5000])
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
@@ -1979,7 +2057,7 @@ def test_what_play_cannot_do_it_says_in_a_line(line, words, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("line, words", [
-    ("nowhere x.pt", "no checkpoint in nowhere"), ("torn x.pt", "is broken"), ("run", "file"),
+    ("nowhere x.pt", "no checkpoint at nowhere"), ("torn x.pt", "is broken"), ("run", "file"),
     ("run no/x.pt", "no/x.pt|No such file")])
 def test_what_cannot_be_exported_is_said_in_a_line(line, words, capsys):
     for name in ("run", "torn"):
@@ -1996,7 +2074,7 @@ def test_a_gif_without_a_page(capsys):
     assert page.main("--checkpoint it.pt --gif it.gif --steps 12 --seed 2".split()) == 0
     assert "it.gif: 12 steps, reward" in capsys.readouterr().out
     with Image.open("it.gif") as image:
-        assert image.n_frames == 13 and image.width > 3 * 192
+        assert image.n_frames == 13 and image.width == 3 * 128
         colours = [colour for _, colour in image.convert("RGB").getcolors(1 << 24)]
         assert any(r > 200 and g < 60 for r, g, _ in colours)  # GridWorld's red agent
 
@@ -2005,7 +2083,7 @@ def test_the_page_in_a_real_browser(stage):
     if film.programs() is None and not os.environ.get("CI"):
         pytest.skip("no Chromium with chromedriver on this machine")
     red = "document.querySelectorAll('figure')[2].classList.contains('red')"
-    dreamt = "document.getElementById('picture2').toDataURL()"
+    dreamt = "document.getElementById('picture2').src"
     word = "document.getElementById('word').textContent"
     with Seat(stage, speed=60) as seat, film.Browser() as browser:
         browser.open(f"http://127.0.0.1:{seat.port}/")

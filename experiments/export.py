@@ -23,12 +23,10 @@ def halve(weights: dict) -> dict:
 
 def export(saved: dict) -> dict:
     """A training checkpoint -> what playing needs, under the same names."""
-    agent = halve(saved["agent"])
-    for name in agent:  # one tensor under two names is written once
-        if name.startswith("slow_critic."):
-            agent[name] = agent[name.removeprefix("slow_")]
-    return dict(config=dict(saved["config"]), at=dict(step=saved["at"]["step"]),
-                model=halve(saved["model"]), agent=agent)
+    agent = halve(saved["agent"])  # one tensor under two names is written once
+    agent |= {name: agent[name.removeprefix("slow_")] for name in agent if "slow_" in name}
+    return dict(version=saved["version"], config=saved["config"],
+                at=dict(step=saved["at"]["step"]), model=halve(saved["model"]), agent=agent)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,20 +38,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         own = parser.parse_args(argv)
         source = own.run / "checkpoint.pt"
-        try:
-            saved = export(torch.load(source, map_location="cpu", weights_only=True))
-        except FileNotFoundError:
-            raise drama.Refusal(f"no checkpoint in {own.run}") from None
-        except Exception as error:  # a broken file can raise nearly anything
-            raise drama.Refusal(f"{source} is broken ({type(error).__name__})") from None
+        saved = drama.load_checkpoint(source, torch.device("cpu"))
+        drama.check_settings(source, saved, {})
+        saved = export(saved)
         with open(own.file, "wb") as file:
             torch.save(saved, file)
     except (drama.Refusal, OSError) as error:
-        print(f"export.py: {error}", file=sys.stderr)
+        drama.say(f"export.py: {error}", sys.stderr)
         return 2
-    numbers = sum(x.numel() for part in ("model", "agent") for x in saved[part].values())
-    print(f"{own.file}: {saved['config']['game']} at step {saved['at']['step']:,}, "
-          f"{numbers:,} numbers, {own.file.stat().st_size / 1e6:.2f} MB")
+    drama.say(f"{own.file}: {saved['config']['game']} at step {saved['at']['step']:,}, "
+              f"{own.file.stat().st_size / 1e6:.2f} MB")
     return 0
 
 
