@@ -13,6 +13,7 @@ were trained on, or at fresh play of the policy or of random actions, which was 
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -25,20 +26,18 @@ from world_model import play, rewards_dreamt, rewards_seen, windows  # noqa: E40
 import drama  # noqa: E402
 
 
-def load(path: str):
-    """A run folder -> cfg, model, agent, replay."""
+def load(path: Path, with_replay: bool):
+    """A run folder -> cfg, model, agent, step and, if asked for, replay."""
     device = torch.device("cpu")
-    run = drama.Run(drama.Config(out=path))
-    saved = run.load(drama.Config(), (), device)
-    if saved is None:
-        sys.exit(f"no checkpoint in {path}")
-    cfg = drama.Config(**saved["config"])
-    actions = int(drama.make_env(cfg.game, 1, cfg.image_size).single_action_space.n)
-    model, agent = drama.WorldModel(cfg, actions).eval(), drama.ActorCritic(cfg, actions)
-    replay = drama.Replay(run.frames, cfg, device)
-    for name, part in (("model", model), ("agent", agent), ("replay", replay)):
-        part.load_state_dict(saved[name])
-    return cfg, model, agent, replay
+    saved = drama.load_checkpoint(path / "checkpoint.pt", device)
+    drama.check_settings(path, saved, {})
+    cfg, step, replay = drama.Config(**saved["config"]), saved["at"]["step"], None
+    if with_replay:
+        replay = drama.Replay(dataclasses.replace(cfg, steps=step), device)
+        replay.load_state_dict(saved["replay"])
+        frames = np.fromfile(path / "frames.bin", np.uint8, replay.frame.numel())
+        replay.frame.copy_(torch.from_numpy(frames).view_as(replay.frame))
+    return cfg, *drama.rebuild(saved, cfg, device), step, replay
 
 
 def look_at_dreams(cfg, model, agent, batch, z) -> None:
@@ -80,12 +79,15 @@ def main() -> None:
     parser.add_argument("--fresh", type=int, default=0, help="play so many steps, look at those")
     parser.add_argument("--random", action="store_true", help="in --fresh act at random")
     args = parser.parse_args()
-    cfg, model, agent, replay = load(args.run)
+    try:
+        cfg, model, agent, step, replay = load(Path(args.run), not args.fresh)
+    except drama.Refusal as error:
+        parser.error(str(error))
     torch.manual_seed(0)
-    step, played = replay.size, "played in training"
+    played = "played in training"
     if args.fresh:
-        player = None if args.random else drama.Player(cfg, model, agent, 1, replay.device)
-        replay = play(cfg, replay.device, args.fresh, cfg.seed + 1, player)
+        player = None if args.random else drama.Player(cfg, model, agent, 1, torch.device("cpu"))
+        replay = play(cfg, torch.device("cpu"), args.fresh, cfg.seed + 1, player)
         args.recent, played = args.fresh, "of fresh random play" if args.random else "of fresh play"
     recent = min(args.recent, replay.size)
     rows = windows(cfg, replay.size - recent, replay.size)

@@ -4,8 +4,9 @@
     python experiments/suite.py --games all --seeds 1 --report [drama.py's flags]
 
 Runs what is unfinished. A run is finished when it was trained to --steps and --eval episodes were
-played from its checkpoint. Ctrl-C or SIGTERM stops it; the same command goes on. The runs lie in
---folder, each with its log, suite.log; --report writes the table beside them as CSV and JSON.
+played from its checkpoint: evaluation.json says so. Ctrl-C or SIGTERM stops it; the same command
+goes on. The runs lie in --folder, each with its log, suite.log; --report writes the table beside
+them as CSV and JSON.
 
 Several processes, on one machine or many, share the work when they share the folder: each takes
 its part by RANK and WORLD_SIZE, or by its place in a SLURM array.
@@ -60,9 +61,10 @@ class Run:
         self.flags = ["--game", game, "--seed", str(seed), "--out", str(self.dir), *flags]
         self.cfg, self.given = drama.parse(self.flags)
         drama.validate(self.cfg)
-        if (self.cfg.game, self.cfg.seed, self.cfg.out) != (game, seed, str(self.dir)):
-            raise drama.Refusal("the suite sets --game, --seed and --out; give --games, "
-                                "--first_seed and --folder")
+        if self.given & {"checkpoint"} or (
+                self.cfg.game, self.cfg.seed, self.cfg.out) != (game, seed, str(self.dir)):
+            raise drama.Refusal("the suite sets --game, --seed, --out and --checkpoint; give it "
+                                "--games, --first-seed and --folder")
 
     def differences(self, names) -> list[str]:
         """Which of the settings `names` are not those that the run was begun with."""
@@ -117,15 +119,6 @@ class Run:
             log.seek(self.begin)
             return log.read().decode(errors="replace")
 
-    def keep_printed_scores(self) -> None:
-        """Write evaluation.json from the lines that `drama.py --eval` prints."""
-        found = re.search(r"at step ([\d,]+), (\d+) episodes: .*\s+scores: (.*)", self.said())
-        if found:
-            scores = [float(x) for x in found[3].split()]
-            (self.dir / "evaluation.json").write_text(json.dumps(dict(
-                game=self.game, seed=self.seed, step=int(found[1].replace(",", "")),
-                episodes=int(found[2]), scores=scores, mean=float(np.mean(scores))), indent=1))
-
 
 # ---- running ------------------------------------------------------------------------------------
 
@@ -148,8 +141,6 @@ def tell_end(run: Run, stopped: bool) -> str:
     code, wanted = run.child.returncode, dataclasses.asdict(run.cfg)
     if code == 0 and not run.evaluating and not stopped:
         return "trained"
-    if code == 0 and run.evaluating and run.result(wanted) is None:
-        run.keep_printed_scores()
     lines = re.split(r"[\r\n]+", run.said().strip())
     last = next((line for line in reversed(lines) if line.startswith("drama.py: ")), lines[-1])
     if code == 0 and (result := run.result(wanted)):
@@ -349,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--games", nargs="+", default=["all"], help="all, or names")
     parser.add_argument("--seeds", type=int, default=1, help="runs of a game")
-    parser.add_argument("--first_seed", type=int, default=0, help="seed of the first of them")
+    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first of them")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each")
     parser.add_argument("--eval", type=int, default=20, help="episodes of a run's evaluation")
     parser.add_argument("--folder", default="runs/atari100k", help="where the run folders lie")

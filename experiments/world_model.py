@@ -18,7 +18,6 @@ The picture shows the frames as rows.
 import argparse
 import dataclasses
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -30,17 +29,13 @@ import drama  # noqa: E402
 
 FRESH = 6000  # steps of play not trained on; a random player of Pong wins few points in them
 HELD_OUT, LENGTH, AHEAD = 16, 48, 8  # windows drawn, frames in each, steps of the drawn dream
-SCRATCH = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # gone when the program ends
 
 
 def play(cfg, device, steps: int, seed: int, player=None) -> drama.Replay:
     """A replay of random play, or of a drama.Player's."""
     env = drama.make_env(cfg.game, 1, cfg.image_size)
     rng = np.random.default_rng(seed)
-    cfg = dataclasses.replace(cfg, out=tempfile.mkdtemp(dir=SCRATCH.name), steps=steps)
-    run = drama.Run(cfg)
-    run.allocate(cfg, 0)
-    replay = drama.Replay(run.frames, cfg, device)
+    replay = drama.Replay(dataclasses.replace(cfg, steps=steps), device)
     frame, first = env.reset(seed=seed)[0], True
     while replay.size < steps:
         if player:
@@ -171,8 +166,6 @@ def main() -> None:
     num_actions = int(max(replay.action.max(), fresh.action.max())) + 1
     model = drama.WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
     learner, _ = drama.make_learners(cfg, model, drama.ActorCritic(cfg, num_actions).to(device))
-    if cfg.mean_frame:
-        model.decoder.start_at(replay.mean_frame())
     precision = drama.choose_precision(cfg, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     print(f"{cfg.game}, preset {cfg.preset}, {' '.join(rest)}, {precision}, "
