@@ -2274,3 +2274,271 @@ def test_weights_by_age_begin_with_the_newest():
     figure = counts.draw(arms)
     x, y = figure.axes[0].lines[0].get_data()
     assert (np.diff(x) > 0).all() and (np.diff(y) < 0).all()
+
+
+# ---- the suite of all games ---------------------------------------------------------------------
+# The oracles: a child that writes down how it was called, and numbers that rliable gave.
+
+CHILD = """
+import json, os, pathlib, signal, sys, time
+flag = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+game, seed, out = flag["--game"], int(flag["--seed"]), pathlib.Path(flag["--out"])
+begun, got, episodes = time.time(), [], int(flag.get("--eval", 0))
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: got.append(number))
+out.joinpath("config.json").write_text(json.dumps(dict(
+    game=game, seed=seed, gamma=float(flag.get("--gamma", 0.985)))))
+out.joinpath("metrics.csv").write_text("step,seconds\\n40,60\\n")
+while game == "Qbert" and not got:
+    time.sleep(0.02)
+time.sleep(0.2)
+cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+with open("calls", "a") as file:
+    file.write(json.dumps(dict(game=game, seed=seed, episodes=episodes, begun=begun, got=got,
+                               ended=time.time(), cores=cores, flags=sys.argv[7:],
+                               threads=os.environ["OMP_NUM_THREADS"])) + "\\n")
+if got:
+    sys.exit(128 + got[0])
+if game == "Boxing":
+    sys.exit("drama.py: the disk is full")
+if game == "Breakout":
+    print("drama.py: run is in use by another process; use another --out")
+    sys.exit(2)
+if episodes:
+    out.joinpath("evaluation.json").write_text(json.dumps(dict(
+        step=1200, episodes=episodes, scores=[seed, 2.0], mean=14.6)))
+"""
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """experiments/suite.py with CHILD in drama.py's place."""
+    monkeypatch.syspath_prepend(Path(drama.__file__).parent / "experiments")
+    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    module = importlib.import_module("suite")
+    Path("child.py").write_text(CHILD)
+    monkeypatch.setattr(module, "DRAMA", Path("child.py").resolve())
+    monkeypatch.setattr(module, "POLL", 0.02)
+    return module
+
+
+def calls() -> list[dict]:
+    return [json.loads(line) for line in Path("calls").read_text().splitlines()]
+
+
+def words_of(text, *more) -> str:
+    """The line of `text` that has all these words, of which there must be one."""
+    [line] = [line for line in text.splitlines() if all(word in line for word in more)]
+    return line
+
+
+def test_suite_runs_what_is_unfinished_and_goes_on_after_a_failure(suite, capsys, monkeypatch):
+    line = ("--jobs 2 --eval 2 --folder all --steps 1200 --gamma 0.5 "
+            "--games Boxing Pong Breakout Alien").split()
+    assert suite.main(line) == 1
+    said, done = capsys.readouterr().out, calls()
+    assert "exit code 1" in words_of(said, "Boxing seed 0", "FAILED", "the disk is full")
+    assert "skipped" in words_of(said, "Breakout seed 0", "another process")
+    assert ("score 14.60, human-normalised 1.000, 2 episodes after 1,200 steps, 1 minutes"
+            in words_of(said, "Pong seed 0: finished"))
+    again = re.search(r"python drama.py (.*), then", words_of(said, "Alien", "score 14.60"))[1]
+    assert drama.parse(shlex.split(again))[0].gamma == 0.5
+    assert "2 finished, 1 failed, 1 skipped" in said
+    assert [(c["game"], c["episodes"]) for c in done if c["game"] in ("Pong", "Alien")] == [
+        ("Pong", 0), ("Pong", 2), ("Alien", 0), ("Alien", 2)]  # Alien waits for a free core
+    for call in done:
+        beside = [c for c in done if c["begun"] < call["ended"] and call["begun"] < c["ended"]]
+        assert len(beside) <= 2 and call["threads"] == "1"
+        assert call["flags"][:4] == ["--steps", "1200", "--gamma", "0.5"]
+        if len(call["cores"] + done[0]["cores"]) and os.cpu_count() > 1:
+            assert all(c is call or c["cores"] != call["cores"] for c in beside)
+            assert len(call["cores"]) == 1
+    Path("calls").unlink()
+    assert suite.main(line) == 1
+    assert {call["game"] for call in calls()} == {"Boxing", "Breakout"}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # which would stop the other processes
+    assert suite.main(line) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="on Windows the console signals the children")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_suite_stops_its_children_and_waits_for_them(number, suite, capsys):
+    def send():
+        while len(list(Path("all").glob("*/metrics.csv"))) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert suite.main("--games Qbert --seeds 3 --jobs 2 --folder all".split()) == 128 + number
+    thread.join()
+    assert [call["got"] for call in calls()] == [[number]] * 2  # once each; the third never began
+    said = capsys.readouterr().out
+    assert "at step 40 of 100,000" in words_of(said, "Qbert seed 1: stopped")
+    assert "FAILED" not in said and said.endswith("stopped; the same command goes on\n")
+
+
+@pytest.mark.parametrize("variables, shares", [
+    ([{}], [(0, 1)]),
+    ([dict(RANK="0", WORLD_SIZE="2"), dict(RANK="1", WORLD_SIZE="2")], [(0, 2), (1, 2)]),
+    ([dict(SLURM_ARRAY_TASK_ID=f"{i}", SLURM_ARRAY_TASK_MIN="4", SLURM_ARRAY_TASK_COUNT="3")
+      for i in (4, 5, 6)], [(0, 3), (1, 3), (2, 3)]),
+    ([dict(RANK=f"{r}", WORLD_SIZE="2", SLURM_ARRAY_TASK_ID=f"{i}", SLURM_ARRAY_TASK_COUNT="2")
+      for i in (0, 1) for r in (0, 1)], [(0, 4), (1, 4), (2, 4), (3, 4)])])
+def test_processes_share_the_runs(variables, shares, suite, monkeypatch):
+    assert [suite.share(env) for env in variables] == shares
+    for i, env in enumerate(variables):
+        with monkeypatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            line = f"--games Pong Hero Alien --folder {i} --eval 2 --steps 1200"
+            assert suite.main(line.split()) == 0
+    trained = [call["game"] for call in calls() if not call["episodes"]]
+    assert sorted(trained) == ["Alien", "Hero", "Pong"]  # though none saw another's folder
+
+
+def test_suite_refuses_in_one_line(suite, capsys, monkeypatch):
+    for line, words in (("--games Pnog", "Pnog"), ("--seeds 0", "--seeds 0"),
+                        ("--jobs x", "--jobs"), ("--game Pong", "--games"),
+                        ("--seed 4", "--first-seed"),
+                        ("--out x", "--folder"), ("--gamma 7", "--gamma 7"), ("Pong", "Pong"),
+                        ("--folder child.py", "child.py")):
+        assert suite.main(line.split()) == 2
+        told = capsys.readouterr().err
+        assert words in told and re.fullmatch(r"suite\.py: [^\n]+\n", told), told
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+    assert suite.main([]) == 2 and "process 7 of 3" in capsys.readouterr().err
+    assert not Path("calls").exists()
+
+
+SCORES = np.array([[-0.1, 0.2, 0.9, 2.5, 1.1], [0.1, 0.4, 1.3, 6.0, 0.7],
+                   [0.0, 0.3, 0.2, 4.0, 1.6]])  # (runs, games), human-normalised
+
+
+def test_aggregates_and_intervals_are_those_of_rliable(suite, monkeypatch):
+    """rliable 1.2.0 on SCORES: metrics.aggregate_*, library.get_interval_estimates, 50,000 reps."""
+    point = {"mean": 1.28, "median": 0.8, "interquartile mean": 0.744444}
+    interval = {"mean": (0.94, 1.6333), "median": (0.3333, 1.1667),
+                "interquartile mean": (0.5222, 0.9667)}
+    monkeypatch.setitem(sys.modules, "rliable", None)  # by NumPy, whatever is installed
+    ends, by = suite.intervals(list(SCORES.T))
+    assert by == "NumPy"
+    for name, value in point.items():
+        assert suite.aggregate(list(SCORES.T))[name] == pytest.approx(value, abs=1e-6)
+        assert ends[name] == pytest.approx(interval[name], abs=0.03)
+    assert suite.aggregate(list(SCORES.T))["games above human"] == 2
+    ragged = suite.aggregate([np.array([1.0, 3.0]), np.array([8.0])])  # a game has one run less
+    assert [float(x) for x in ragged.values()] == [5, 5, 4, 2]
+
+
+def test_report_of_a_folder_that_is_half_done(suite, capsys):
+    line = "--games Pong Hero Alien Qbert --seeds 2 --folder all --eval 2 --steps 1200 --report"
+    for game, seed, mean, step in (("Pong", 0, 14.6, 1200), ("Pong", 1, -20.7, 1200),
+                                   ("Hero", 0, 1027, 1200), ("Hero", 1, 5.0, 600),
+                                   ("Alien", 0, 227.8, 1200)):
+        out = Path(f"all/{game}-{seed}")
+        out.mkdir(parents=True)
+        (out / "evaluation.json").write_text(json.dumps(dict(
+            game=game, seed=seed, step=step, episodes=2, scores=[mean] * 2, mean=mean)))
+        (out / "metrics.csv").write_text(f"step,seconds\n{step},60\n")
+        (out / "config.json").write_text(json.dumps(dict(gamma=0.9 if game == "Alien" else 0.8)))
+    assert suite.main(line.split()) == 0
+    said = capsys.readouterr().out
+    assert "4 of 8 runs finished, 3 of 4 games" in said
+    assert words_of(said, "Pong  ").split() == (
+        "Pong 2 -3.0 0.500 -20.7 14.6 15.0 -4.2 11.3".split())
+    assert words_of(said, "Qbert  ").split()[1:3] == ["0", "missing"]
+    assert words_of(said, "interquartile mean").split()[2] == "0.000"  # of 0, 0, 0, 1: the middle
+    assert words_of(said, "mean   ", " 0.167 ").startswith("mean")
+    assert "Hero seed 1" in words_of(said, "at step 600 of 1,200, evaluated at step 600")
+    assert "Qbert seed 0, Alien seed 1, Qbert seed 1" in words_of(said, "missing, at its beginning")
+    assert "gamma 0.8, 0.9" in words_of(said, "differ in their settings")
+    table = read_csv("all/atari100k.csv")
+    assert [(row["game"], row["runs"], row["score"]) for row in table][2:] == [
+        ("Alien", "1", "227.8"), ("Qbert", "0", "")]
+    assert len(json.loads(Path("all/atari100k.json").read_text())["missing"]) == 4
+    assert suite.main([*line.split(), "--gamma", "0.9"]) == 0  # of these settings alone
+    assert "Pong seed 0" in words_of(capsys.readouterr().out, "gamma was 0.8, now 0.9")
+
+
+def test_curves_of_a_folder(monkeypatch):
+    monkeypatch.syspath_prepend(Path(drama.__file__).parent / "experiments")
+    curves = importlib.import_module("curves")
+    runs = {"Pong-0": (3, 5, 7), "Pong-1": (1,), "Hero-0": (), "Krull-2": (9,)}
+    for name, returns in runs.items():
+        Path(f"all/{name}").mkdir(parents=True)
+        lines = ["step,seconds,return"] * bool(returns)
+        lines += [f"{1000 * (i + 1)},60,{x}" for i, x in enumerate(returns)]
+        Path(f"all/{name}/episodes.csv").write_text("\n".join(lines))
+    axes = {axis.get_title(): axis for axis in curves.draw_folder(Path("all"), 2).axes}
+    assert list(axes) == ["Krull", "Pong"]  # those with an episode
+    first, second, *levels = axes["Pong"].lines
+    assert (first.get_xdata() == [2, 3]).all() and (first.get_ydata() == [4, 6]).all()
+    assert second.get_ydata() == [1] and [x.get_ydata()[0] for x in levels] == [-20.7, 14.6, 15]
+
+
+def test_suite_with_a_real_run(suite, capsys, monkeypatch):
+    monkeypatch.setattr(suite, "DRAMA", Path(drama.__file__))
+    line = "--games Breakout --folder all --eval 1 --preset tiny --device cpu --steps 60".split()
+    assert suite.main(line) == 0
+    found = json.loads(Path("all/Breakout-0/evaluation.json").read_text())
+    assert (found["step"], found["episodes"], len(found["scores"])) == (60, 1, 1)
+    capsys.readouterr()
+    with drama.Run(drama.Config(out="all/Breakout-0")).lock():
+        assert drama.main(["--out", "all/Breakout-0"]) == 2  # the suite knows its words
+    assert suite.BUSY in capsys.readouterr().err
+
+
+# ---- what looks at a world model ----------------------------------------------------------------
+
+
+@pytest.fixture
+def world_model(monkeypatch):
+    """experiments/world_model.py."""
+    monkeypatch.syspath_prepend(Path(drama.__file__).parent / "experiments")
+    return importlib.import_module("world_model")
+
+
+def test_auc_counts_pairs_and_words_say_where(world_model):
+    rng = np.random.default_rng(0)
+    score, event = rng.integers(0, 6, 40) / 5, rng.random(40) < 0.3  # with ties
+    pairs = [(a > c) + (a == c) / 2 for a in score[event] for c in score[~event]]
+    assert world_model.auc(score, event) == pytest.approx(np.mean(pairs))
+    assert math.isnan(world_model.auc(score, event & False))
+    real, predicted = torch.tensor([[-2.0, 0], [1, 0]]), torch.tensor([[-0.5, -0.75], [0.25, 0]])
+    assert world_model.rewards_seen(predicted, real) == [
+        "negative 1 times: mean -0.500, AUC 0.667", "zero 2 times: mean -0.375",
+        "positive 1 times: mean +0.250, AUC 1.000"]
+    assert world_model.rewards_seen(predicted, real * 0)[2] == "positive never"
+
+
+def test_windows_score_each_step_once_and_dreams_stop_at_an_opening(world_model, model):
+    cfg = dataclasses.replace(small(), context=4, horizon=3)
+    rows = world_model.windows(cfg, 5, 30)
+    assert rows.shape == (7, 7) and rows[:, 4:].flatten().tolist() == list(range(9, 30))
+    batch = make_batch([0, 2], [5])  # b windows of l steps: context 4, then 7
+    z = drama.draw_one_hot(model.encode(batch.frame)).flatten(-2)
+    dreamt, real = world_model.rewards_dreamt(cfg, model, batch, z)  # the second opens in its dream
+    assert real.tolist() == [batch.reward[0, 4:].sum()] and np.isfinite(dreamt).all()
+
+
+def test_world_models_are_looked_at(world_model, run, monkeypatch, capsys):
+    number = r"[+-]?\d+\.\d+"
+    monkeypatch.setattr(world_model, "FRESH", 400)
+    monkeypatch.setattr(sys, "argv", ["world_model.py", *TINY, "--warmup", "60", "--updates", "3"])
+    world_model.main()
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [int(re.search(r"(\d+) updates", line)[1]) for line in lines[::2]] == [1, 2, 3]
+    for line in lines[1::2]:
+        assert re.search(rf"positive \d+ times: mean {number}, AUC 0\.\d+; 7\d dreams of 5", line)
+    diagnose = importlib.import_module("diagnose")
+    for flags, played in (("", f"{STOPS[1]} steps played in training"),
+                          ("--fresh 150", "of fresh play"),
+                          ("--fresh 150 --random", "of fresh random play")):
+        monkeypatch.setattr(sys, "argv", ["diagnose.py", str(OUT), *flags.split()])
+        diagnose.main()
+        said = capsys.readouterr().out
+        assert played in said and re.search(rf"positive \d+ times: mean {number}, AUC", said)
+        assert re.search(rf"sum of reward {number}, real {number}, correlation", said)

@@ -1,15 +1,19 @@
 """Does a run's world model tell the truth? Rewards and values, predicted against what came.
 
     python experiments/diagnose.py runs/Boxing-0 [--recent 4000]
+    python experiments/diagnose.py runs/Boxing-0 --fresh 4000 [--random]
 
-Reads a run folder's checkpoint and frames (it may be in use) and looks at the last steps:
-- the reward head on real frames: mean prediction where the reward was negative, zero, positive;
+Reads a run folder's checkpoint and frames (it may be in use) and looks at the last steps, which
+were trained on, or at fresh play of the policy or of random actions, which was not:
+- the reward head on real frames: mean prediction where the reward was negative, zero, positive,
+  and the AUC, the chance that it tells such a step from another; 0.5 is blind;
 - dreams along the real actions: correlation of predicted and real sums of reward, mean of each;
 - dreams of the policy: mean reward a step and its frequency, beside the real ones;
 - the critic: its value on real frames against the discounted returns that followed.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -17,50 +21,33 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from world_model import play, rewards_dreamt, rewards_seen, windows  # noqa: E402
+
 import drama  # noqa: E402
 
 
-def load(path: str):
-    """A run folder -> cfg, model, agent, replay."""
+def load(path: Path, with_replay: bool):
+    """A run folder -> cfg, model, agent, step and, if asked for, replay."""
     device = torch.device("cpu")
-    run = drama.Run(drama.Config(out=path))
-    saved = run.load(drama.Config(), (), device)
-    if saved is None:
-        sys.exit(f"no checkpoint in {path}")
-    cfg = drama.Config(**saved["config"])
-    actions = int(drama.make_env(cfg.game, 1, cfg.image_size).single_action_space.n)
-    model, agent = drama.WorldModel(cfg, actions).eval(), drama.ActorCritic(cfg, actions)
-    replay = drama.Replay(run.frames, cfg, device)
-    for name, part in (("model", model), ("agent", agent), ("replay", replay)):
-        part.load_state_dict(saved[name])
-    return cfg, model, agent, replay
-
-
-def look_at_rewards(model, batch, d) -> None:
-    """The reward head on real frames."""
-    predicted = model.two_hot.mean(model.reward(d))
-    for name, where in (("negative", batch.reward < 0), ("zero", batch.reward == 0),
-                        ("positive", batch.reward > 0)):
-        if where.any():
-            print(f"reward head on real frames, {name:>8} ({where.float().mean():6.2%} of steps): "
-                  f"mean prediction {predicted[where].mean():+.3f}, real "
-                  f"{batch.reward[where].mean():+.3f}")
+    saved = drama.load_checkpoint(path / "checkpoint.pt", device)
+    drama.check_settings(path, saved, {})
+    cfg, step, replay = drama.Config(**saved["config"]), saved["at"]["step"], None
+    if with_replay:
+        replay = drama.Replay(dataclasses.replace(cfg, steps=step), device)
+        replay.load_state_dict(saved["replay"])
+        frames = np.fromfile(path / "frames.bin", np.uint8, replay.frame.numel())
+        replay.frame.copy_(torch.from_numpy(frames).view_as(replay.frame))
+    return cfg, *drama.rebuild(saved, cfg, device), step, replay
 
 
 def look_at_dreams(cfg, model, agent, batch, z) -> None:
     """Rewards of dreams along the real actions, then of dreams of the policy."""
-    context = z[:, :cfg.context], batch.action[:, :cfg.context]
-    out, states = model.sequence(*context, first=batch.first[:, :cfg.context])
-    out, total = out[:, -1], 0
-    for action in batch.action[:, cfg.context:].unbind(1):
-        now = drama.draw_one_hot(model.log_prior(out)).flatten(-2)
-        out, states = model.sequence.step(now, action, states)
-        total = total + model.two_hot.mean(model.reward(out))
-    real = batch.reward[:, cfg.context:].sum(1)
-    both = np.corrcoef(total.numpy(), real.numpy())[0, 1]
+    total, real = rewards_dreamt(cfg, model, batch, z)
+    both = np.corrcoef(total, real)[0, 1]
     print(f"dreams of {cfg.horizon} steps along the real actions: sum of reward "
           f"{total.mean():+.3f}, real {real.mean():+.3f}, correlation {both:.2f}")
-    reward = model.imagine(agent.actor, *context, batch.first[:, :cfg.context]).reward
+    context = (x[:, :cfg.context] for x in (z, batch.action, batch.first))
+    reward = model.imagine(agent.actor, *context).reward
     print(f"dreams of the policy: reward a step {reward.mean():+.4f}, above 0.5 in "
           f"{(reward > 0.5).float().mean():.2%}, below -0.5 in "
           f"{(reward < -0.5).float().mean():.2%}; real {batch.reward.mean():+.4f}, "
@@ -89,18 +76,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run")
     parser.add_argument("--recent", type=int, default=4000, help="how many of the last steps")
+    parser.add_argument("--fresh", type=int, default=0, help="play so many steps, look at those")
+    parser.add_argument("--random", action="store_true", help="in --fresh act at random")
     args = parser.parse_args()
-    cfg, model, agent, replay = load(args.run)
+    try:
+        cfg, model, agent, step, replay = load(Path(args.run), not args.fresh)
+    except drama.Refusal as error:
+        parser.error(str(error))
     torch.manual_seed(0)
-    length, count = cfg.context + cfg.horizon, min(args.recent, replay.size) // 8
-    if replay.size <= length or args.recent <= length:
-        parser.error(f"needs more than {length} steps, in the run and in --recent")
-    starts = torch.randint(max(0, replay.size - args.recent), replay.size - length, (count,))
-    batch = replay.batch(starts[:, None] + torch.arange(length))
-    print(f"{cfg.game}, step {replay.size:,}, last {args.recent:,}: {count} windows of {length}")
+    played = "played in training"
+    if args.fresh:
+        player = None if args.random else drama.Player(cfg, model, agent, 1, torch.device("cpu"))
+        replay = play(cfg, torch.device("cpu"), args.fresh, cfg.seed + 1, player)
+        args.recent, played = args.fresh, "of fresh random play" if args.random else "of fresh play"
+    recent = min(args.recent, replay.size)
+    rows = windows(cfg, replay.size - recent, replay.size)
+    if len(rows) < 2:
+        parser.error(f"needs {cfg.context + 2 * cfg.horizon} steps, in the run, in --recent and in "
+                     "--fresh")
+    batch = replay.batch(rows)
+    print(f"{cfg.game}, step {step:,}, {recent:,} steps {played}: {len(rows)} windows of "
+          f"{rows.shape[1]}")
     z = torch.cat([drama.draw_one_hot(model.encode(f)) for f in batch.frame.split(16)]).flatten(-2)
     d, _ = model.sequence(z, batch.action, first=batch.first)
-    look_at_rewards(model, batch, d)
+    predicted, real = model.two_hot.mean(model.reward(d)), batch.reward
+    for words in rewards_seen(predicted[:, cfg.context:], real[:, cfg.context:]):
+        print(f"reward head on real frames, {words}")
     look_at_dreams(cfg, model, agent, batch, z)
     look_at_values(cfg, agent, replay, batch, z, d)
 

@@ -1,19 +1,23 @@
 """Is the world model right? Train it alone on random play: reconstruction, next frame, dream.
 
     python experiments/world_model.py --game Pong --minutes 10 --picture pong.png [drama.py's flags]
+    python experiments/world_model.py --game Pong --updates 3000 [drama.py's flags]
 
 Random play fills the replay with --warmup steps (default 5,000); nobody acts after that. Each
-minute one line on fresh play that was not trained on: squared error a frame of the reconstruction,
-of the next frame (decoded from the prior, all frames up to now seen) and of a dream 8 steps on,
-beside that of the last real frame held still. On Pong also the ball: the share of its brightness
-over the background that is drawn where the real ball is; 1 is a perfect ball, 0 none. The picture
-shows the four as rows.
+minute, or each tenth of the updates, two lines on fresh play that was not trained on:
+- squared error a frame of the reconstruction, of the next frame (decoded from the prior, all frames
+  up to now seen) and of a dream 8 steps on, beside that of the last real frame held still;
+- on Pong the ball: the share of its brightness over the background that is drawn where the real
+  ball is; 1 is a perfect ball, 0 none;
+- the reward head where the reward was negative, zero, positive: how many such steps, the mean
+  prediction there, and the AUC, the chance that it tells such a step from another; 0.5 is blind;
+- dreams along the real actions: the correlation of dreamt with real sums of reward.
+The picture shows the frames as rows.
 """
 
 import argparse
 import dataclasses
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,21 +27,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drama  # noqa: E402
 
-HELD_OUT, LENGTH, AHEAD = 16, 48, 8  # windows, frames in each, steps of the dream
-SCRATCH = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # gone when the program ends
+FRESH = 6000  # steps of play not trained on; a random player of Pong wins few points in them
+HELD_OUT, LENGTH, AHEAD = 16, 48, 8  # windows drawn, frames in each, steps of the drawn dream
 
 
-def play(cfg, device, steps: int, seed: int) -> drama.Replay:
-    """A replay of random play."""
+def play(cfg, device, steps: int, seed: int, player=None) -> drama.Replay:
+    """A replay of random play, or of a drama.Player's."""
     env = drama.make_env(cfg.game, 1, cfg.image_size)
     rng = np.random.default_rng(seed)
-    cfg = dataclasses.replace(cfg, out=tempfile.mkdtemp(dir=SCRATCH.name), steps=steps)
-    run = drama.Run(cfg)
-    run.allocate(cfg, 0)
-    replay = drama.Replay(run.frames, cfg, device)
+    replay = drama.Replay(dataclasses.replace(cfg, steps=steps), device)
     frame, first = env.reset(seed=seed)[0], True
     while replay.size < steps:
-        action = rng.integers(env.single_action_space.n, size=1)
+        if player:
+            action = player.act(torch.from_numpy(frame[:, 0]).to(device),
+                                torch.tensor([first], device=device))[0].cpu().numpy()
+        else:
+            action = rng.integers(env.single_action_space.n, size=1)
         following, reward, terminated, truncated, info = env.step(action)
         replay.add(frame[0, 0], action[0], reward[0], terminated[0], first, torch.tensor(0))
         first = bool(drama.episode_over(terminated, truncated, info)[0])
@@ -53,6 +58,67 @@ def ball(real: torch.Tensor, drawn: torch.Tensor) -> float:
     background = real.median()
     where = real - background > 0.2
     return ((drawn - background)[where].sum() / (real - background)[where].sum()).item()
+
+
+def auc(score: np.ndarray, event: np.ndarray) -> float:
+    """Chance that the score of an event is above that of another step, a tie counting half."""
+    rest = np.sort(score[~event])
+    below = sum(np.searchsorted(rest, score[event], side) for side in ("left", "right")) / 2
+    return float(below.mean() / len(rest)) if event.any() and len(rest) else float("nan")
+
+
+def rewards_seen(predicted: torch.Tensor, real: torch.Tensor) -> list[str]:
+    """The reward head on real frames, in words: where the reward was negative, zero, positive."""
+    predicted, real, words = predicted.float().flatten().cpu().numpy(), real.flatten().cpu(), []
+    for name, sign in (("negative", -1), ("zero", 0), ("positive", 1)):
+        event = (real.sign() == sign).numpy()
+        if not event.any():
+            words.append(f"{name} never")
+            continue
+        told = f", AUC {auc(sign * predicted, event):.3f}" if sign else ""
+        words.append(f"{name} {event.sum()} times: mean {predicted[event].mean():+.3f}{told}")
+    return words
+
+
+def windows(cfg, begin: int, end: int) -> torch.Tensor:
+    """Rows (n, context + horizon) whose last `horizon` columns hold each step once."""
+    starts = torch.arange(begin, end - cfg.context - cfg.horizon + 1, cfg.horizon)
+    return starts[:, None] + torch.arange(cfg.context + cfg.horizon)
+
+
+@torch.no_grad()
+def rewards_dreamt(cfg, model, batch, z) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of reward over the horizon, dreamt along the real actions and real, of each of the
+    `windows` in which no episode opens after the context."""
+    d, states = model.sequence(z[:, :cfg.context], batch.action[:, :cfg.context], None,
+                               batch.first[:, :cfg.context])
+    d, total = d[:, -1], 0
+    for action in batch.action[:, cfg.context:].unbind(1):
+        now = drama.draw_one_hot(model.log_prior(d)).flatten(-2)
+        d, states = model.sequence.step(now, action, states)
+        total = total + model.two_hot.mean(model.reward(d))
+    whole = ~batch.first[:, cfg.context:].any(1)
+    real = batch.reward[:, cfg.context:].sum(1)
+    return total[whole].cpu().numpy(), real[whole].cpu().numpy()
+
+
+@torch.no_grad()
+def foretell(cfg, model, replay) -> str:
+    """All rewards of a replay, as the head sees them and as they are dreamt, in words."""
+    model.eval()
+    predicted, real, sums = [], [], []
+    for rows in windows(cfg, 0, replay.size).to(replay.device).split(64):
+        batch = replay.batch(rows)
+        z = drama.draw_one_hot(model.encode(batch.frame)).flatten(-2)
+        d, _ = model.sequence(z, batch.action, first=batch.first)
+        predicted.append(model.two_hot.mean(model.reward(d))[:, cfg.context:])
+        real.append(batch.reward[:, cfg.context:])
+        sums.append(np.stack(rewards_dreamt(cfg, model, batch, z)))
+    seen = rewards_seen(torch.cat(predicted), torch.cat(real))
+    dreamt, came = np.concatenate(sums, 1)
+    both = np.corrcoef(dreamt, came)[0, 1] if dreamt.std() and came.std() else float("nan")
+    return (f"reward head, {'; '.join(seen)}; {len(came)} dreams of {cfg.horizon} steps: "
+            f"correlation {both:.2f}")
 
 
 @torch.no_grad()
@@ -83,6 +149,7 @@ def main() -> None:
     """Train, measure, draw."""
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--minutes", type=float, default=10)
+    own.add_argument("--updates", type=int, default=0)
     own.add_argument("--picture", default="")
     own, rest = own.parse_known_args()
     drama.keep_freed_pages()
@@ -92,28 +159,30 @@ def main() -> None:
     drama.validate(cfg)
     torch.manual_seed(cfg.seed)
     device = drama.choose_device(cfg)
-    replay, fresh = play(cfg, device, cfg.warmup, cfg.seed), play(cfg, device, 3000, cfg.seed + 1)
+    replay = play(cfg, device, cfg.warmup, cfg.seed)
+    fresh = play(cfg, device, FRESH, cfg.seed + 1)
     starts = torch.linspace(0, fresh.size - LENGTH, HELD_OUT).long()
     batch = fresh.batch((starts[:, None] + torch.arange(LENGTH)).to(device))
     num_actions = int(max(replay.action.max(), fresh.action.max())) + 1
     model = drama.WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
     learner, _ = drama.make_learners(cfg, model, drama.ActorCritic(cfg, num_actions).to(device))
-    if cfg.mean_frame:
-        model.decoder.start_at(replay.mean_frame())
     precision = drama.choose_precision(cfg, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     print(f"{cfg.game}, preset {cfg.preset}, {' '.join(rest)}, {precision}, "
           f"{torch.get_num_threads()} threads", flush=True)
-    spent, updates, minute = 0.0, 0, 0
-    while spent < 60 * own.minutes:
+    spent, updates, mark, done = 0.0, 0, 0, False
+    while not done:
         begun = time.perf_counter()
         with autocast:
             news = drama.update_world_model(model, learner, replay)
         spent, updates = spent + time.perf_counter() - begun, updates + 1
-        if spent // 60 == minute and spent < 60 * own.minutes:
+        done = updates >= own.updates if own.updates else spent >= 60 * own.minutes
+        now = 10 * updates // own.updates if own.updates else spent // 60
+        if now == mark and not done:
             continue
-        minute = spent // 60
+        mark = now
         with autocast:
+            rewards = foretell(cfg, model, fresh)
             films = {name: film.float() for name, film in look(cfg, model, batch).items()}
         flat = {name: film.flatten(0, 1).cpu() for name, film in films.items()}
         real = flat.pop("real")
@@ -123,9 +192,9 @@ def main() -> None:
         if cfg.game == "Pong":
             line += "; ball " + ", ".join(f"{name} {ball(real, x):.2f}"
                                           for name, x in flat.items())
-        print(line, flush=True)
+        print(f"{line}\n          {rewards}", flush=True)
     if own.picture:
-        draw(films, cfg, f"{updates} updates, {own.minutes:g} minutes", own.picture)
+        draw(films, cfg, f"{updates} updates, {spent / 60:.1f} minutes", own.picture)
 
 
 def draw(films: dict, cfg, title: str, path: str) -> None:
