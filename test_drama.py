@@ -2101,6 +2101,13 @@ def test_the_page_in_a_real_browser(stage):
         browser.until("page.state.player === 'agent'")
         browser.until("page.state.dreamt >= 200")  # and the dream goes on
         assert not browser.script(red) and browser.script("page.state.ended") is None
+        for key, speed in (("-", 30), ("-", 15), ("+", 30), ("+", 60), ("+", 60)):
+            browser.tap(key)
+            browser.until(f"page.state.speed === {speed}")
+        moment = browser.until("page.state.moments[1]")
+        browser.tap("2")
+        browser.until(f"page.state.began === {moment} && document.querySelector('#moments img')"
+                      ".naturalWidth === 16")
         browser.click("#paused")
         browser.until("page.state.paused")
         step = browser.script("page.state.step")

@@ -247,11 +247,6 @@ class Desk:
             self.seen = now
         return self.pad == tab
 
-    def hold(self, keys: list[str]) -> None:
-        """The keys held now; one pressed and let go between two steps still counts for one."""
-        self.held = {KEYS[key] for key in keys}
-        self.tapped |= self.held
-
     def press(self, name, value) -> bool:
         """A button: change a setting or leave a wish -> whether there is one, with that value."""
         values = BUTTONS.get(name, ()) if isinstance(name, str) else ()
@@ -465,12 +460,14 @@ class Handler(BaseHTTPRequestHandler):
             Content_Disposition='attachment; filename="dream.gif"')
 
     def key(self, order: dict) -> tuple:
-        """{"tab": …, "held": ["arrowup", " "]}: all keys held now."""
-        held = order.get("held")
+        """{"tab": …, "held": ["arrowup", " "]}: all keys held now; one pressed and let go between
+        two steps still counts for one."""
+        held, desk = order.get("held"), self.server.desk
         need(isinstance(held, list) and all(isinstance(key, str) and key in KEYS for key in held),
              400, f"held: a list of {', '.join(map(repr, KEYS))}")
-        with self.server.desk.bell:
-            self.server.desk.hold(held)
+        with desk.bell:
+            desk.held = {KEYS[key] for key in held}
+            desk.tapped |= desk.held
         return b"{}", "application/json", {}
 
     def control(self, order: dict) -> tuple:
