@@ -113,7 +113,6 @@ class Config:
     # the dozen that matter
     categoricals: int = opt(32, "K: categoricals (dice) in a latent", 1, 256)
     classes: int = opt(32, "C: classes (faces) of a categorical", 2, 256)
-    d_model: int = opt(512, "width of the sequence model", 1, 8192)
     batch_size: int = opt(16, "windows in an update of the world model", 1, 4096)
     batch_length: int = opt(128, "frames in a window", 2, 65536)
     train_every: int = opt(1, "environment steps between updates", 1, 100_000)
@@ -131,6 +130,7 @@ class Config:
     first_stride: int = opt(1, "stride of the first convolution; the others have 2", 1, 4)
     unimix: float = opt(0.01, "share of the uniform distribution in every categorical", 0.0, 0.5)
     # sequence model and heads
+    d_model: int = opt(512, "width of the sequence model", 1, 8192)
     layers: int = opt(2, "Mamba-2 layers", 1, 64)
     d_state: int = opt(16, "n: state size of a channel", 1, 1024)
     d_conv: int = opt(4, "taps of the causal convolution", 1, 16)
@@ -193,7 +193,7 @@ class Config:
 CNN_MULTIPLES, CNN_MAP, CNN_PATCH = (1, 2, 3, 4, 4), 4, 4
 PRESETS = {
     "paper": {},
-    "laptop": dict(  # a row is drawn 1/8 as often as in paper, hence DFS's lower temperature
+    "laptop": dict(  # windows start at a row 1/8 as often as in paper, hence DFS's temperature
         cnn_width=32, cnn_kernel=3, first_stride=4, d_model=256, chunk_size=16, head_units=128,
         batch_size=8, batch_length=32, train_every=4, see_first=500, decoded=0.5, mean_frame=True,
         dreams=64, stored_latents=True, critic_units=256, hidden_layers=2, model_lr=2e-3,
@@ -219,8 +219,8 @@ def make_env(game: str, num_envs: int, image_size: int) -> VectorEnv:
     """A vector environment: frames (n, 1, H, W, 3) uint8, rewards (n,), ends (n,).
 
     Atari follows [6]: frame skip 4, maximum of the last two frames, no sticky actions, the minimal
-    action set, raw rewards. A lost life shows as `terminated` (what is learnt), not as an end.
-    After an end the next `step` ignores its action and returns the next episode's first frame.
+    action set, raw rewards. A lost life shows as `terminated`, and the episode goes on. After an
+    episode's end the next `step` ignores its action and returns the next episode's first frame.
     """
     if game == "GridWorld":
         return GridWorld(num_envs, image_size)
@@ -305,19 +305,21 @@ class GridWorld(VectorEnv):
 # ---- 3 Replay and DFS ---------------------------------------------------------------------------
 #
 # DFS is dynamic frequency-based sampling, no graph search. In a buffer that grows, uniform draws
-# train on old rows far more often than on new ones, and dreams start where the world model has
-# hardly been trained. So two counts are kept for each row: `trained` (v in [1]), how many training
-# windows STARTED there, and `dreamt` (b in [1]), how many dreams did.
+# train on old rows far more often than on new ones. So two counts are kept for each row: `trained`
+# (v in [1]), how many training windows STARTED there, and `dreamt` (b in [1]), how many contexts
+# of dreams did. Train on what was trained on least, which is mostly what is new. Dream anywhere,
+# but once a row was dreamt from more than its training has earned, its chance falls: the world
+# model knows little of it, and its dreams would lie.
 
 
 def dfs_sequence_logits(trained: Tensor, temperature: float) -> Tensor:
-    """P(i) = softmax(-v_i / temperature): train on what was trained on least [1]."""
+    """Logits of P(i) = softmax(-v_i / temperature) [1]."""
     return -trained / temperature
 
 
 def dfs_dream_logits(trained: Tensor, dreamt: Tensor, s: float, temperature: float) -> Tensor:
-    """P(i) = softmax(min(0, v_i - b_i / s) / temperature): hold back what was dreamt from more than
-    it was trained on [1]. s, dreams for each training window, brings b to the scale of v."""
+    """Logits of P(i) = softmax(min(0, v_i - b_i / s) / temperature) [1]. s, dreams for each
+    training window, brings b to the scale of v."""
     return (trained - dreamt / s).clamp(max=0) / temperature
 
 
@@ -378,8 +380,8 @@ class Replay:
     def _draw(self, k: int, length: int, logits: Tensor) -> Tensor:
         """Rows (k, length) of k windows with different starts, drawn from softmax(logits).
 
-        The k largest of logits plus Gumbel noise, -log of an exponential variable, are such a draw.
-        No count is ever put through exp: a million apart, it would underflow.
+        The largest of logits plus Gumbel noise, -log of an exponential variable, is a draw from
+        their softmax; the k largest are k draws without replacement. No count is put through exp.
         """
         n = self.size - length + 1  # as many starts there are; fewer than k while the run is short
         tiny = torch.finfo(torch.float32).tiny
@@ -495,7 +497,7 @@ def straight_through(logp: Tensor) -> Tensor:
 
 def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
     """KL[p || q] of K independent categoricals, (..., K, C) -> (...), in nats: how many nats more
-    it takes to write down draws of p with a code made for q."""
+    it takes to write down draws of p by a table made for q. Here p is the posterior, q the prior."""
     return (logp.exp() * (logp - logq)).sum((-2, -1))
 
 
@@ -509,10 +511,10 @@ def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lam:
     """R_t = r_t + gamma (1 - e_t) ((1 - lam) V_{t+1} + lam R_{t+1}), R_H = V_H [4].
 
     reward, end (b, H); value (b, H+1) -> (b, H), for dreams of H steps. lam = 0 is the one-step
-    target of Q-learning; lam = 1 sums the whole dream and trusts the critic at its end alone.
+    target r + gamma V; lam = 1 sums the whole dream and trusts the critic at its end alone.
     Example: r = (1, 1), e = 0, V = (9, 2, 4), gamma = lam = 0.5: R_1 = 3, R_0 = 1 + 0.5 (1 + 1.5).
-    NOTE(1): the published code has V_t for V_{t+1}. Then a state is its own successor, and a move
-    to a better one earns nothing by the critic's word.
+    NOTE(1): the published code has V_t for V_{t+1}. Then a state is its own successor, and what the
+    critic says of the next one does not pay the action that led there.
     """
     R, returns = value[:, -1], []
     for t in reversed(range(reward.shape[1])):
@@ -601,23 +603,25 @@ def mlp(d_in: int, units: int, hidden: int, d_out: int, zero: bool = False) -> n
 #
 # A state space model is a recurrent net whose state changes linearly, so that a whole sequence can
 # be trained in parallel. Each head keeps a p x n matrix. At each token it forgets a little and
-# writes a little (in this section B and C are the papers' names of tensors, and no sizes):
+# writes a little. (In this section B and C are the papers' names of tensors, and no sizes.)
 #
 #     state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T      (h_t in the papers)
 #     y_t     = state_t C_t
 #
 # x_t is what to write, B_t where to write it, C_t where to read, dt_t how much to write and,
 # through exp(dt_t A) in (0, 1), how much to forget. All are computed from the token; only A is a
-# weight. Unrolled, y_i is a weighted sum of all earlier x_j:
+# weight. Each head has its own x, dt and A; all share B and C. Unrolled, y_i is a weighted sum of
+# all earlier x_j:
 #
 #     y_i = sum_{j<=i} (C_i . B_j) exp(S_i - S_j) dt_j x_j,   S_i = dt_1 A + .. + dt_i A
 #
-# This is attention with a decay for a softmax. With a_t = exp(dt_t A), four tokens have the decays
+# This is attention with a decay for a softmax. With g_t = exp(dt_t A), the share of the state that
+# survives token t, four tokens have the decays
 #
 #     1                            row i: the token that reads
-#     a_2        1                 column j: the token that wrote
-#     a_3 a_2    a_3       1
-#     a_4 a_3 a_2  a_4 a_3  a_4  1
+#     g_2          1               column j: the token that wrote
+#     g_3 g_2      g_3      1
+#     g_4 g_3 g_2  g_4 g_3  g_4  1
 
 
 def ssd_step(x, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
@@ -658,7 +662,8 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
         B, C = (F.pad(t, (0, 0, 0, pad)).view(b, c, 1, q, n) for t in (B, C))
         # S: the log of the decay since the chunk's start, so exp(S_i - S_j) is that from j to i
         S = F.pad(dt * A, (0, 0, 0, pad)).view(b, c, q, h).transpose(2, 3).cumsum(-1)  # (b,c,h,q)
-        # tokens of different episodes have different numbers: they must not see each other
+        # tokens of different episodes have different numbers: they must not see each other. On a
+        # first reading take `first` as all false: every factor with `segment` in it is 1
         segment = F.pad(first, (0, pad)).view(b, c, 1, q).cumsum(-1)
 
         # 1 inside a chunk: y_i = sum_{j<=i, same segment} (C_i . B_j) exp(S_i - S_j) dt_j x_j
@@ -692,6 +697,8 @@ class Mamba2(nn.Module):
         u --in_proj--+--> gate -------------------------> silu --+
                      +--> x, B, C --conv--> silu --> scan + D x --*--> norm --out_proj--> y
                      +--> dt --softplus-----------------^
+
+    conv mixes the last d_conv tokens, D x lets a token pass by the state, the gate shuts channels.
     """
 
     def __init__(self, d_model, d_state, d_conv, expand, headdim, chunk_size):
@@ -701,9 +708,9 @@ class Mamba2(nn.Module):
         channels = self.d_inner + 2 * d_state
         self.in_proj = nn.Linear(d_model, self.d_inner + channels + self.heads, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)  # see `forward`
-        # dt = softplus(dt_bias) starts log-uniform in [0.001, 0.1], floor 1e-4, and A in [-16, -1]:
+        # dt = softplus(dt_bias) starts log-uniform in [0.001, 0.1], and A uniform in [-16, -1]:
         # at first a head forgets in one token to a thousand [3]
-        dt = torch.empty(self.heads).uniform_(np.log(1e-3), np.log(1e-1)).exp().clamp(min=1e-4)
+        dt = torch.empty(self.heads).uniform_(np.log(1e-3), np.log(1e-1)).exp()
         self.dt_bias = nn.Parameter(dt + (-(-dt).expm1()).log())  # the inverse of softplus
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.heads))
@@ -821,7 +828,8 @@ def clear(states: list, where: Tensor) -> list:
 #     the critic's value           a target and a baseline stand still while actor and critic move
 #     the slow critic              only averages the critic
 #
-# Reconstruction, reward and end do train the encoder: it keeps what they need.
+# Reconstruction, reward, end and, through d, `dynamics` do train the encoder: it keeps what they
+# need.
 
 
 class WorldModel(nn.Module):
@@ -847,7 +855,7 @@ class WorldModel(nn.Module):
         return unimix(flat.unflatten(-1, shape), self.cfg.unimix)
 
     def encode(self, frame: Tensor) -> Tensor:
-        """frame (..., H, W, 3) uint8 -> log q(z_t | o_t), the posterior, (..., K, C)."""
+        """frame (..., H, W, 3) uint8 -> log P(z_t | o_t), the posterior, (..., K, C)."""
         flat = self.posterior(self.encoder(pixels(frame)))
         return self._categoricals(flat).unflatten(0, frame.shape[:-3])
 
@@ -856,7 +864,7 @@ class WorldModel(nn.Module):
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def log_prior(self, d: Tensor) -> Tensor:
-        """d_t (..., d_model) -> log p(z_{t+1} | d_t), the prior, (..., K, C)."""
+        """d_t (..., d_model) -> log P(z_{t+1} | d_t), the prior, (..., K, C)."""
         return self._categoricals(self.prior(d))
 
     def one_hot(self, classes: Tensor) -> Tensor:
@@ -962,11 +970,11 @@ class Learner:
         means = {name: loss.mean() for name, loss in losses.items()}
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         self.optimiser.zero_grad()
-        with torch.autocast(parameters[0].device.type, enabled=False):  # each op as it went forward
+        with torch.autocast(parameters[0].device.type, enabled=False):  # backward needs none
             sum(weights[name] * mean for name, mean in means.items() if weights[name]).backward()
         if not all(weights.values()):
-            # what no loss trains yet must not be stepped, or Adam's averages start full of zeros;
-            # it skips a gradient of None, where compiled code gives zeros
+            # Adam skips a gradient of None. A zero, which compiled code gives for what no loss
+            # trains yet, would enter its averages: the first true steps would be far too long
             for p in parameters:
                 p.grad = p.grad if p.grad is not None and p.grad.any() else None
         means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip)
@@ -1015,13 +1023,16 @@ def update_world_model(model: WorldModel, learner: Learner, replay: Replay) -> d
 
 # ---- 8 Actor-critic -----------------------------------------------------------------------------
 #
-# The critic foretells the return of a moment. The actor learns by REINFORCE: an action that was
-# followed by a better return than the critic expected becomes likelier, a worse one less likely:
+# The critic foretells the return of a moment: by cross-entropy it learns the lambda-returns R_t of
+# dreams. The actor learns by REINFORCE: what was followed by a better return than the critic
+# expected becomes likelier, a worse one less likely. One cannot go backward through a drawn action;
+# but the gradient of the expected return is the mean of return times gradient of log pi(a). So
 #
 #     loss = -log pi(a_t) * (R_t - V_t) / scale - entropy weight * entropy
 #
-# R_t is the lambda-return of the dream, V_t the critic's expectation, the baseline: it takes away
-# luck that all actions share. The difference is the advantage. No gradient flows through the dream.
+# V_t, the critic's expectation, is the baseline: it takes away luck that all actions share. The
+# difference is the advantage. The entropy is high while all actions are likely: it keeps the actor
+# trying.
 
 
 class ActorCritic(nn.Module):
@@ -1035,7 +1046,7 @@ class ActorCritic(nn.Module):
         self.cfg = cfg
         self.actor = mlp(cfg.d_feature, cfg.actor_units, cfg.hidden_layers, num_actions)
         self.critic = mlp(cfg.d_feature, cfg.critic_units, cfg.hidden_layers, cfg.bins, zero=True)
-        # no target network as in DQN: the critic's target is R; it is drawn to its own past besides
+        # not DQN's target network: the critic learns R, and besides not to run from its own past
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.two_hot = TwoHot(cfg.bins, cfg.bin_limit)
         self.register_buffer("scale", torch.zeros(()))  # EMA of the returns' 5-95 percentile range
@@ -1105,7 +1116,11 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
 
 
 class Player:
-    """Acts on the frame just seen, a_t ~ actor([z_t, d_{t-1}]), and carries the states on."""
+    """Acts on the frame just seen, a_t ~ actor([z_t, d_{t-1}]), and carries the states on.
+
+    It remembers the whole episode, where training windows and dreams begin with an empty memory in
+    mid-episode. As measured that makes no difference.
+    """
 
     def __init__(self, cfg: Config, model: WorldModel, agent: ActorCritic, num_envs: int, device):
         self.model, self.agent = model, agent
@@ -1178,7 +1193,7 @@ def train(cfg: Config, run: Run) -> int:
             action = action.cpu().numpy()
             following, reward, terminated, truncated, info = env.step(action)
 
-            # STORE
+            # STORE; after this `at.first` speaks of the next frame
             replay.add(frame[0, 0], action[0], reward[0], terminated[0], at.first, latent[0])
             at.add(float(reward[0]), over=bool(episode_over(terminated, truncated, info)[0]))
             # after an end, a step that opens the next episode: not a transition
@@ -1188,7 +1203,7 @@ def train(cfg: Config, run: Run) -> int:
             if at.step >= cfg.warmup and at.step % cfg.train_every == 0:
                 # TRAIN WORLD MODEL
                 dreams_begin = growth(cfg, model_learner.updates) == 1
-                with run.autocast:  # leaving it drops the weights' casts, which the update outdates
+                with run.autocast:  # on leaving, its casts of the weights go: the update has come
                     news |= update_world_model(model, model_learner, replay)
                 # IMAGINE, TRAIN ACTOR-CRITIC
                 if dreams_begin:
