@@ -497,7 +497,7 @@ def straight_through(logp: Tensor) -> Tensor:
 
 def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
     """KL[p || q] of K independent categoricals, (..., K, C) -> (...), in nats: how many nats more
-    it takes to write down draws of p by a table made for q. Here p is the posterior, q the prior."""
+    it takes to write down draws of p by a table made for q. Here p: posterior, q: prior."""
     return (logp.exp() * (logp - logq)).sum((-2, -1))
 
 
