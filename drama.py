@@ -61,6 +61,7 @@ import ctypes
 import dataclasses
 import difflib
 import errno
+import functools
 import io
 import json
 import math
@@ -648,9 +649,8 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
     q = min(chunk_size, max(l, 1))
     pad, c = -l % q, -(-l // q)  # c chunks of q; the last is padded with dt = 0: no decay, no input
     with torch.autocast(x.device.type, enabled=False):
-        x, dt, A, B, C = at_least_float32(x, dt, A, B, C)
-        if state is None:
-            state = x.new_zeros(b, h, n, p).mT
+        state = x.new_zeros(b, h, n, p).mT if state is None else state
+        x, dt, A, B, C, state = at_least_float32(x, dt, A, B, C, state)
         if first is None:
             first = torch.zeros(b, l, dtype=torch.bool, device=x.device)
         X = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, pad)).view(b, c, q, h, p)
@@ -669,21 +669,22 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
         to_end = (S[..., -1:] - S).exp() * (segment == segment[..., -1:])  # (b,c,h,q)
         added = ((B * to_end[..., None]).mT @ X).mT  # (b,c,h,p,n)
         # 3 from chunk to chunk; unbind, as indexing costs a full-size zero gradient each
-        kept = S[..., -1].exp() * (segment[..., -1] == 0)  # (b,c,h): by a whole chunk
-        before = []
-        for kept_c, added_c in zip(kept.unbind(1), added.unbind(1)):
+        kept = S[..., -1, None, None].exp()  # (b,c,h,1,1): by a whole chunk
+        cleared, before = segment[..., -1, None, None] > 0, []  # (b,c,1,1,1)
+        for kept_c, cleared_c, added_c in zip(*(t.unbind(1) for t in (kept, cleared, added))):
             before.append(state)
-            state = kept_c[..., None, None] * state + added_c
+            state = kept_c * state.masked_fill(cleared_c, 0) + added_c
         # 4 what the tokens of a chunk read of the state before it
         if before:
-            from_start = S.exp() * (segment == 0)
-            y = y + (C * from_start[..., None]) @ torch.stack(before, 1).mT
+            read = (C * S.exp()[..., None]) @ torch.stack(before, 1).mT
+            y = read.masked_fill_((segment > 0)[..., None], 0) + y
         return y.transpose(2, 3).reshape(b, c * q, h, p)[:, :l], state
 
 
 def at_least_float32(*tensors):
-    """The tensors, those in half precision as float32."""
-    return (t.float() if t.itemsize < 4 else t for t in tensors)
+    """The tensors in the type that holds them all: float32, or float64 if one has that."""
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    return (t.to(dtype) for t in tensors)
 
 
 class Mamba2(nn.Module):
@@ -742,11 +743,12 @@ class Mamba2(nn.Module):
         segment = F.pad(first.cumsum(1), (self.d_conv - 1, 0))  # (b, d_conv-1+l)
         conv = self.conv1d.bias
         for k in range(self.d_conv):
-            own = (segment[:, k:k + l] == segment[:, self.d_conv - 1:])[..., None]
-            conv = torch.addcmul(conv, taps[:, k:k + l], own * self.conv1d.weight[:, 0, k])
+            other = (segment[:, k:k + l] != segment[:, self.d_conv - 1:])[..., None]
+            conv = torch.addcmul(conv, taps[:, k:k + l].masked_fill(other, 0),
+                                 self.conv1d.weight[:, 0, k])
         x, dt, A, B, C = self._inputs(conv, dt)
         y, memory = ssd_scan(x, dt, A, B, C, self.chunk_size, memory, first)
-        window = taps[:, l:] * (segment[:, l:] == segment[:, -1:])[..., None]
+        window = taps[:, l:].masked_fill((segment[:, l:] != segment[:, -1:])[..., None], 0)
         return self._output(y, x, gate), (window, memory)
 
     def step(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
