@@ -1283,16 +1283,13 @@ def append(path: Path, values: dict) -> None:
 
 
 def alike(ours, theirs) -> bool:
-    """Whether a part of a checkpoint is made like ours: keys, types and shapes.
-
-    What is empty in ours, as rows before the first step, may be of any length.
-    """
+    """Whether a part of a checkpoint has the keys, types and shapes of ours, where not empty."""
     if isinstance(ours, dict):
         return isinstance(theirs, dict) and all(
             key in theirs and alike(value, theirs[key]) for key, value in ours.items())
     if isinstance(ours, (list, tuple)):
-        return (type(ours) is type(theirs) and len(ours) == len(theirs)
-                and all(map(alike, ours, theirs)))
+        return type(ours) is type(theirs) and (
+            not ours or len(ours) == len(theirs) and all(map(alike, ours, theirs)))
     if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
         return (ours.is_floating_point() == theirs.is_floating_point()
                 and (ours.shape if ours.numel() else theirs.shape) == theirs.shape
@@ -1399,10 +1396,7 @@ class Run:
     def restore(self, at: Progress) -> None:
         """Put everything back as it was at the checkpoint."""
         saved, replay = self.saved, self.parts["replay"]
-        ours = dict(at=vars(at), device="", precision="", pending={})
-        for name, part in self.parts.items():
-            learns = isinstance(part, Learner)  # an optimiser of another torch may have other keys
-            ours[name] = dict(schedule=dict(last_epoch=0)) if learns else part.state_dict()
+        ours = {**self.state(at), "config": {}, "generators": []}
         wrong = [name for name in ours if not alike(ours[name], saved.get(name))]
         for name, part in self.parts.items() if not wrong else ():
             part.load_state_dict(saved[name])
@@ -1424,6 +1418,13 @@ class Run:
         self.kept = replay.size
         self.pending = {name: list(map(float, found)) for name, found in saved["pending"].items()}
 
+    def state(self, at: Progress) -> dict:
+        """What a checkpoint holds: all that the next step depends on but the frames."""
+        return {"version": VERSION, "config": dataclasses.asdict(self.cfg), "at": vars(at),
+                "device": self.device.type, "precision": self.precision, "pending": self.pending,
+                "generators": [g.get_rng_state() for g in generators(self.device)],
+                **{name: part.state_dict() for name, part in self.parts.items()}}
+
     def save(self, at: Progress) -> None:
         """Append the frames, then write the checkpoint aside, flush and rename it: never torn."""
         replay, buffer, fresh = self.parts["replay"], io.BytesIO(), self.dir / "checkpoint.new"
@@ -1433,11 +1434,7 @@ class Run:
                 file.write(rows.cpu().numpy())
             flush(file)
         self.kept, at.seconds = replay.size, time.perf_counter() - self.begun
-        torch.save({"version": VERSION, "config": dataclasses.asdict(self.cfg), "at": vars(at),
-                    "device": self.device.type, "precision": self.precision,
-                    "generators": [g.get_rng_state() for g in generators(self.device)],
-                    "pending": self.pending,
-                    **{name: part.state_dict() for name, part in self.parts.items()}}, buffer)
+        torch.save(self.state(at), buffer)
         with open(fresh, "wb") as file:
             file.write(buffer.getbuffer())
             flush(file)
@@ -1839,14 +1836,6 @@ def report(cfg: Config, run: Run, step: int, scores: np.ndarray) -> None:
                 scores=scores.tolist()), indent=1))
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with one line for an error."""
-
-    def error(self, message):
-        """Refuse a command line."""
-        raise Refusal(f"{message}; see --help")
-
-
 def boolean(text: str) -> bool:
     """true or false."""
     if text.lower() not in ("true", "false"):
@@ -1863,8 +1852,13 @@ def whole(text: str) -> int:
 
 def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
     """Command line -> Config (defaults, preset, flags, each over the last), the flags given."""
-    parser = Parser("drama.py", usage="%(prog)s --game NAME [--flag VALUE]", description=__doc__,
-                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def refuse(message):
+        raise Refusal(f"{message}; see --help")
+
+    parser = argparse.ArgumentParser(
+        "drama.py", usage="%(prog)s --game NAME [--flag VALUE]", description=__doc__,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     groups = {"game": "what to run", "categoricals": "the dozen that matter (default; laptop's)",
               "image_size": "the rest (default; laptop's)"}
     kinds = {int: (whole, "N"), float: (float, "X"), bool: (boolean, "true|false"),
