@@ -2549,3 +2549,366 @@ def test_world_models_are_looked_at(world_model, run, monkeypatch, capsys):
         said = capsys.readouterr().out
         assert played in said and re.search(rf"positive \d+ times: mean {number}, AUC", said)
         assert re.search(rf"sum of reward {number}, real {number}, correlation", said)
+
+
+# ---- the exercises ------------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent / "exercises"
+sys.path.insert(0, str(HERE))
+import bugs  # noqa: E402
+import checks  # noqa: E402
+import grade  # noqa: E402
+import make  # noqa: E402
+import probes  # noqa: E402
+
+ORIGINAL = make.ORIGINAL.read_text(encoding="utf-8")
+TASKS = {task.number: task for task in make.TASKS}
+RETURN = "def lambda_return(reward, end, value, gamma, lam):\n    "
+
+
+def verdict(number, source):
+    """What grade.py says of a task, judged in this process."""
+    def request(probe, inputs):
+        asked = json.loads(json.dumps(dict(probe=probe, inputs=inputs, seed=0, nonce="")))
+        reply = json.loads(json.dumps(probes.answer(module, asked)))
+        return grade.explain(reply, f"in {grade.place(probe, inputs)}", source.splitlines())
+
+    try:
+        student = make.ast.parse(source, "drama.py")
+        code = grade.merge(make.ast.parse(ORIGINAL), student, TASKS[number])
+        module = probes.load(code, "graded")
+        checks.CHECKS[number](checks.Student(request), np.random.default_rng(0))
+        return "passed"
+    except checks.Failed as failed:
+        return str(failed)
+
+
+@pytest.mark.parametrize("number", TASKS)
+def test_a_task_fails_when_blank_and_passes_when_its_bodies_are_back(number):
+    blank = make.rewrite(ORIGINAL, make.TASKS)
+    title = make.tasks_of([*TASKS[number].blanks][0])
+    assert verdict(number, blank) == f"{title}, still blank"
+    # the hints' assertions stand above the bodies that are put back: they hold
+    same = [t for t in make.TASKS if t.blanks.keys() == TASKS[number].blanks.keys()]
+    others = [t for t in make.TASKS if t not in same]
+    back = make.rewrite(make.rewrite(ORIGINAL, same, solution=True), others)
+    assert verdict(number, back) == "passed"
+    for other in others[:1]:
+        assert verdict(other.number, back).startswith(f"task {other.number}: ")
+
+
+def test_a_copy_keeps_all_but_the_bodies_asked_for():
+    lines, copy = ORIGINAL.splitlines(), make.rewrite(ORIGINAL, [TASKS[4]]).splitlines()
+    start, end = make.lines_of(make.functions(make.ast.parse(ORIGINAL))["lambda_return"], None)
+    assert copy[:start] == lines[:start] and copy[-len(lines) + end:] == lines[end:]
+    whole = make.rewrite(ORIGINAL, make.TASKS, solution=True).splitlines()
+    rest = iter(whole)
+    assert all(line in rest for line in lines)  # in their order: nothing but hints is added
+    bodies = {node.name: node for node in make.ast.walk(make.ast.parse("\n".join(copy)))
+              if isinstance(node, make.ast.FunctionDef)}
+    assert make.ast.get_docstring(bodies["lambda_return"])
+    for source in (whole, make.rewrite(ORIGINAL, make.TASKS).splitlines()):
+        assert max(map(len, source)) <= max(map(len, lines))
+    assert sum(task.points for task in make.TASKS) == 100
+
+
+@pytest.mark.parametrize("bug", bugs.CATALOGUE, ids=lambda bug: f"{bug.function}: {bug.about}")
+def test_a_bug_is_caught_by_its_task(bug):
+    broken = bugs.plant(ORIGINAL, bug)
+    assert bug.says in verdict(bug.task, broken)
+    others = [n for n in TASKS if not TASKS[n].blanks.keys() & TASKS[bug.task].blanks.keys()]
+    assert verdict(random.Random(bug.about).choice(others), broken) == "passed"
+
+
+def test_the_hunt_is_drawn_by_its_seed(tmp_path, capsys):
+    assert bugs.main(["--out", str(tmp_path), "--seed", "7"]) == 0
+    copy = (tmp_path / "drama.py").read_text(encoding="utf-8")
+    picked = bugs.pick(7, 5)
+    assert len({bug.function for bug in picked}) == 5 and bugs.pick(8, 5) != picked
+    for bug in picked:
+        assert bug.new in copy and verdict(bug.task, copy) != "passed"
+    capsys.readouterr()
+    assert bugs.main(["--seed", "7", "--answer"]) == 0
+    answer = capsys.readouterr().out
+    assert all(bug.old in answer and bug.about in answer for bug in picked)
+
+
+@pytest.mark.parametrize("number, mistake, code, words", [
+    (1, "base 10", """
+def symlog(x):
+    return x.sign() * (1 + x.abs()).log10()""", "symlog([-1000, -1, 0.5, 30]) gave -3 at i=0, "
+     "expected -6.909: the logarithm is the natural one, not base 10"),
+    (1, "no sign", """
+def symexp(y):
+    return y.abs().expm1()""", "gave 402.4 at i=0, expected -402.4: the sign of y"),
+    (1, "one hot", """
+class TwoHot:
+    def encode(self, x):
+        near = (symlog(x)[..., None] - self.centres).abs().argmin(-1)
+        return F.one_hot(near, len(self.centres)).float()""", "two bins share the weight"),
+    (1, "outside", """
+class TwoHot:
+    def encode(self, x):
+        n, limit = len(self.centres), self.centres[-1]
+        place = (symlog(x) + limit) / (2 * limit) * (n - 1)
+        return (1 - (place[..., None] - torch.arange(n)).abs()).clamp(min=0)""",
+     "encode([1e6, -1e6]) gave 0 at x=0, bin=4, expected 1: beyond the outermost bin"),
+    (2, "wrong axis", """
+def unimix(logits, share):
+    return ((1 - share) * logits.softmax(-2) + share / logits.shape[-1]).log()""",
+     "unimix(logits (2, K=3, C=5), 0.1) gave -1.083 at i=0, k=0, c=0, expected -1.714: softmax"),
+    (2, "argmax", """
+def straight_through(logp):
+    p = logp.exp()
+    return F.one_hot(p.argmax(-1), p.shape[-1]) + p - p.detach()""",
+     "drew number 0 in 4000 of 4000 draws, expected about 2400: a draw from p"),
+    (2, "soft", """
+def straight_through(logp):
+    return logp.exp()""", "expected one 1, the others 0: the value is a draw"),
+    (3, "bits", """
+def kl_divergence(logp, logq):
+    return (logp.exp() * (logp - logq)).sum((-2, -1)) / 0.6931472""", "in nats"),
+    (3, "hard zero", """
+def free_bits(kl, threshold):
+    return torch.where(kl < threshold, 0, kl)""", "below the threshold the loss is the threshold"),
+    (3, "gradient", """
+def free_bits(kl, threshold):
+    return kl + (threshold - kl).clamp(min=0).detach()""", "has gradient [1, 1, 1], expected 0"),
+    (4, "reversed", """
+def lambda_return(reward, end, value, gamma, lam):
+    R, out = value[:, -1], []
+    for t in reversed(range(reward.shape[1])):
+        R = reward[:, t] + gamma * (1 - end[:, t]) * ((1 - lam) * value[:, t + 1] + lam * R)
+        out.append(R)
+    return torch.stack(out, 1)""", "is the list turned round"),
+    (4, "shape", """
+def lambda_return(reward, end, value, gamma, lam):
+    return value""", "has shape (1, 3), expected (1, 2)"),
+    (5, "bounded above", """
+def dfs_dream_logits(v, b, s, temperature):
+    return (v - b / s).clamp(min=0) / temperature""", "min(0, …), not max"),
+    (6, "in place", """
+def ssd_step(x, dt, A, B, C, state):
+    state.mul_((dt * A).exp()[..., None, None])
+    state.add_((dt[..., None] * x)[..., None] * B[:, None, None])
+    return (state * C[:, None, None]).sum(-1), state""", "changed the state that it was given"),
+    (6, "y first", """
+def ssd_step(x, dt, A, B, C, state):
+    new = (dt * A).exp()[..., None, None] * state + (
+        dt[..., None] * x)[..., None] * B[:, None, None]
+    return (state * C[:, None, None]).sum(-1), new""", "y reads the NEW state"),
+    (6, "n x p", """
+def ssd_step(x, dt, A, B, C, state):
+    new = (dt * A).exp()[..., None, None] * state + (
+        dt[..., None] * x)[..., None] * B[:, None, None]
+    return (new * C[:, None, None]).sum(-1), new.mT""",
+     "state, has shape (2, 2, 4, 3), expected (2, 2, 3, 4)"),
+    (6, "detached", """
+def ssd_step(x, dt, A, B, C, state):
+    new = (dt * A).exp()[..., None, None] * state.detach() + (
+        dt[..., None] * x)[..., None] * B[:, None, None]
+    return (new * C[:, None, None]).sum(-1), new""", "no gradient comes back to the state"),
+    (6, "the other function", """
+def ssd_step(x, dt, A, B, C, state):
+    y, state = ssd_scan(*(t[:, None] for t in (x, dt)), A, B[:, None], C[:, None], 1, state)
+    return y[:, 0], state""", "ssd_scan is not there while task 6 is graded"),
+    (7, "a loop over tokens", """
+def ssd_scan(x, dt, A, B, C, chunk_size, state=None, first=None):
+    state = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1]) if state is None else state
+    ys = []
+    for t in range(x.shape[1]):
+        state = (dt[:, t] * A).exp()[..., None, None] * state + (
+            dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, None, None]
+        ys.append((state * C[:, t, None, None]).sum(-1))
+    return torch.stack(ys, 1), state""", "a loop over tokens? Loop over chunks"),
+    (7, "one big matrix", """
+def ssd_scan(x, dt, A, B, C, chunk_size, state=None, first=None):
+    b, l, h, p = x.shape
+    S = (dt * A).cumsum(1).transpose(1, 2)
+    mask = torch.ones(l, l, dtype=torch.bool).tril()
+    decay = (S[..., None] - S[..., None, :]).masked_fill(~mask, -torch.inf).exp()
+    X = (dt[..., None] * x).transpose(1, 2)
+    y = ((C @ B.mT)[:, None] * decay) @ X
+    last = X.mT @ (B[:, None] * (S[..., -1:] - S).exp()[..., None])
+    if state is not None:
+        y = y + S.exp()[..., None] * (C[:, None] @ state.mT)
+        last = last + S[..., -1].exp()[..., None, None] * state
+    return y.transpose(1, 2), last""", "a matrix of q x q in each chunk, not of l x l"),
+    (7, "state dropped", """
+def ssd_scan(x, dt, A, B, C, chunk_size, state=None, first=None):
+    parts = [helper(*(t[:, i:i + chunk_size] for t in (x, dt)), A,
+                    *(t[:, i:i + chunk_size] for t in (B, C)))
+             for i in range(0, x.shape[1], chunk_size)]
+    return torch.cat([y for y, _ in parts], 1), parts[-1][1]
+
+def helper(x, dt, A, B, C):
+    S = (dt * A).cumsum(1).transpose(1, 2)
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    decay = (S[..., None] - S[..., None, :]).masked_fill(~mask, -torch.inf).exp()
+    X = (dt[..., None] * x).transpose(1, 2)
+    last = X.mT @ (B[:, None] * (S[..., -1:] - S).exp()[..., None])
+    return (((C @ B.mT)[:, None] * decay) @ X).transpose(1, 2), last""",
+     "chunks of 2), y, gave 1 at t=2, expected 1.75: is the state carried from chunk to chunk?"),
+], ids=lambda x: x if isinstance(x, str) and len(x) < 20 else "")
+def test_a_wrong_answer_gets_a_line_that_names_the_place(number, mistake, code, words):
+    source = ORIGINAL
+    if code.startswith("\nclass TwoHot"):  # a method stands in its class
+        name, code = "TwoHot.encode", code.split("\n", 2)[2]
+        start, end = bugs.segment(source, name)
+        source, code = source[:start] + code + "\n" + source[end:], ""
+    assert words in verdict(number, source + "\n" + code + "\n")
+
+
+def test_a_student_may_add_helpers_methods_constants_and_imports():
+    source = ORIGINAL.replace("class WorldModel(", "BROKEN = 1 / 0\n\n\nclass WorldModel(") + f"""
+import math
+from functools import reduce
+TINY = 1e-30
+
+def back(pairs, last, gamma):
+    return reduce(lambda R, pair: [pair[0] + gamma * pair[1] * R[0]] + R, pairs, [last])
+
+{RETURN}pairs = [(r + gamma * (1 - e) * (1 - lam) * v, (1 - e) * lam) for r, e, v in zip(
+        reward.unbind(1), end.unbind(1), value.unbind(1)[1:])]
+    assert math.isfinite(TINY)
+    return torch.stack(back(pairs[::-1], value[:, -1], gamma)[:-1], 1)
+"""
+    assert verdict(4, source) == "passed"  # the broken constant is used by nobody
+    method = ("    def spread(self, place):\n        away = place[..., None] - torch.arange(len("
+              "self.centres))\n        return (1 - away.abs()).clamp(min=0)\n\n"
+              "    def encode(self, x):\n        limit = self.centres[-1]\n        return self."
+              "spread((symlog(x).clamp(-limit, limit) + limit) / (2 * limit) * (len(self.centres)"
+              " - 1))\n")
+    start, end = bugs.segment(ORIGINAL, "TwoHot.encode")
+    assert verdict(1, ORIGINAL[:start] + method + ORIGINAL[end:]) == "passed"
+
+
+@pytest.mark.parametrize("code, words", [
+    ("import sys\n    sys.path.insert(0, '..')\n    import drama\n    return drama", "imports sys"),
+    ("import drama\n    return drama.lambda_return(reward, end, value, gamma, lam)",
+     "imports drama: a task needs none but torch"),
+    ("return open('drama.py').read()", "names `open`"),
+    ("exec('1', space := {})\n    return space", "names `exec`"),
+    ("return getattr(torch, 'from_' + 'file')('drama.py')", "names `getattr`"),
+    ("return torch.from_file('drama.py', size=9)", "names `from_file`"),
+    ("return lambda_return.__globals__", "names `__globals__`"),
+    ("return 1\nimport drama_solved", "imports drama_solved"),
+    ("return 1\nfrom solved import *", "imports solved"),
+    ("return value[:, 99]", "`return value[:, 99]`, in lambda_return: index 99 is out of bounds"),
+    ("return lambda_return(reward, end, value, gamma, lam)", "RecursionError in line"),
+    ("raise SystemExit(0)", "SystemExit in line"),
+    ("class All:\n        def __eq__(self, other):\n            return True\n    return All()",
+     "gave All, expected a tensor of shape (1, 2)"),
+    ("return [2.25, 3.0]", "gave list, expected a tensor"),
+    ("print('passed, 8 of 8')\n    return value[:, 1:]", "gave 2 at t=0, expected 2.25"),
+], ids=lambda x: x[:12].strip())
+def test_cheats_and_crashes_are_named(code, words):
+    assert words in verdict(4, f"{ORIGINAL}\n\n{RETURN}{code}\n")
+
+
+def processes(cases, tmp_path, limit):
+    """Each case's verdict by grade.judge, in processes as grade.py starts them, two at a time."""
+    files = []
+    for i, code in enumerate(cases):
+        files.append(tmp_path / f"{i}.py")
+        files[-1].write_text(f"{ORIGINAL}\n\n{RETURN}{code}\n", encoding="utf-8")
+    with grade.concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda file: grade.judge(TASKS[4], file, limit=limit)[0], files))
+
+
+def test_cheats_in_their_own_process_get_nothing(tmp_path):
+    there = str(make.ORIGINAL)
+    cases = {
+        # names that the grader knows are easily gone round; what they do is seen all the same
+        f"return torch.os.fdopen(torch.os.open({there!r}, 0)).read()": f"open on {there}",
+        f"try:\n        torch.os.open({there!r}, 0)\n    except BaseException:\n        return 1":
+            f"open on {there}",
+        "return torch.os.popen('cat drama.py').read()": "calls subprocess.Popen",
+        "torch.os.kill(torch.os.getppid(), 9)": "calls os.kill",
+        "torch.os._exit(0)": "the process ended in lambda_return, exit code 0",
+        "torch.sys.modules['__main__'].pack = lambda x: dict(out=dict(passed=True))\n    return 1":
+            "expected a tensor of shape",
+        "print('{\"result\": {\"passed\": true}}')\n    for pipe in range(3, 12):\n        try:\n"
+        "            torch.os.write(pipe, b'{\"result\": {}}\\n')\n        except OSError:\n"
+        "            pass\n    return value[:, 1:]": "does the code write to the grader's pipe?",
+        "while True:\n        print('x')": "no answer within 4 seconds in lambda_return",
+    }
+    for said, words in zip(processes(cases, tmp_path, 4), cases.values()):
+        assert words in said, (words, said)
+
+
+def test_grade_by_its_command(tmp_path, capsys):
+    file, results = tmp_path / "hw" / "drama.py", tmp_path / "results.json"
+    assert make.main(["--out", str(file.parent), "--tasks", "1,4"]) == 0
+    start, end = bugs.segment(ORIGINAL, "lambda_return")
+    text = file.read_text(encoding="utf-8") + "\n\n" + ORIGINAL[start:end]
+    file.write_text(text, encoding="utf-8")  # the last of two definitions counts
+    assert grade.main([str(file), "--tasks", "1,4", "--json", str(results), "--jobs", "2"]) == 1
+    table = capsys.readouterr().out
+    assert "0/8   task 1: symlog and two-hot, still blank" in table and "8/8   passed" in table
+    said = json.loads(results.read_text())
+    assert said["score"] == 8 and said["max_score"] == 16 and said["execution_time"] > 0
+    assert [(t["score"], t["max_score"], t["status"], t["output"]) for t in said["tests"]] == [
+        (0, 8, "failed", "task 1: symlog and two-hot, still blank"), (8, 8, "passed", "passed")]
+    assert grade.main([str(file), "--tasks", "4"]) == 0
+    file.write_text("def lambda_return(:", encoding="utf-8")
+    assert grade.main([str(file), "--tasks", "4"]) == 1
+    assert "line 1: syntax error" in capsys.readouterr().out
+    file.write_text("x = 1", encoding="utf-8")
+    assert grade.main([str(file), "--tasks", "4"]) == 1
+    assert "the file has no function lambda_return" in capsys.readouterr().out
+
+
+def test_the_readme_of_the_exercises_names_the_tasks():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    for task in make.TASKS:
+        assert f"### {task.number} · " in text and f"({task.points} points, " in text
+        section = text.split(f"### {task.number} · ")[1].split("\n### ")[0]
+        assert section.split(" (")[0].lower() == task.title.lower()
+        assert f"({task.points} points, " in section.splitlines()[0]
+        assert all(f"`{name}`" in section for name in task.blanks) or task.number == 8
+
+
+def test_the_tour_runs_with_this_drama(tmp_path, monkeypatch):
+    book = json.loads((HERE / "tour.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert max(len(cell["source"]) for cell in cells) <= 20
+    outputs = [out for cell in cells for out in cell["outputs"]]
+    assert sum("image/png" in out.get("data", ()) for out in outputs) >= 8
+    assert not any(out["output_type"] == "error" for out in outputs)
+    assert (HERE / "tour.ipynb").stat().st_size < 300_000
+    code = "\n".join(line for cell in cells for line in "".join(cell["source"]).splitlines()
+                     if not line.startswith("%"))
+    assert "def " not in code and "class " not in code  # nothing of drama.py is written twice
+    cfg, _ = drama.parse(["--game", "GridWorld", "--device", "cpu"])
+    (tmp_path / "results").mkdir()
+    shutil.copy(make.ORIGINAL, tmp_path)
+    torch.save(dict(config=dataclasses.asdict(cfg), at=dict(step=0), agent=ActorCritic(
+        cfg, 4).state_dict(), model=WorldModel(cfg, 4).state_dict()),
+        tmp_path / "results" / "GridWorld.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    import matplotlib
+    matplotlib.use("Agg")
+    with matplotlib.rc_context():
+        exec(compile(code, "tour.ipynb", "exec"), space := {})
+        space["plt"].close("all")
+    assert space["surprise"].shape == (63,) and space["dreams"].reward.shape[1] == cfg.horizon
+
+
+@pytest.mark.parametrize("program, line, words", [
+    (make, "--out {here} --tasks 1,99", "no task 99; choose from 1, 2"),
+    (make, "--out {there}", "use another folder"), (make, "", "--out; see --help"),
+    (make, "--out {here}/drama.py", "drama.py"), (make, "--out {here}", "is there already"),
+    (grade, "{here}/none.py", "no such file; make one with"), (grade, "{here}/drama.py --limit 0",
+                                                               "must be above 0"),
+    (bugs, "--seed 7", "--out or --answer"), (bugs, "--seed 7 --number 99 --answer", "from 1 to"),
+    (bugs, "--out {here} --seed x", "invalid int value"),
+])
+def test_bad_commands_of_the_exercises_get_one_line(program, line, words, tmp_path, capsys):
+    (tmp_path / "drama.py").write_text("my work", encoding="utf-8")
+    line = line.format(here=tmp_path, there=make.ORIGINAL.parent)
+    assert make.run("x.py", program.main, shlex.split(line)) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and error.startswith("x.py: ")
+    assert (tmp_path / "drama.py").read_text(encoding="utf-8") == "my work"

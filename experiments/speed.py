@@ -59,11 +59,11 @@ def make_stages(cfg, run, model, agent, rows: int, device, autocast) -> dict:
         news |= drama.update_world_model(model, learners[0], replay)
         news |= drama.update_actor_critic(cfg, model, agent, learners[1], replay)
     run.dir.mkdir(exist_ok=True)
-    episodes, metrics = (drama.open_table(run.dir / f"{name}.csv", 0)
-                         for name in ("episodes", "metrics"))
-    drama.append(episodes, {"step": 0, "return": 0})
+    drama.cut(run.episodes, 0)
+    drama.cut(run.metrics, 0)
+    drama.append(run.episodes, {"step": 0, "return": 0})
     for step in range(0, 100_000, cfg.log_every):  # as many as in Atari 100k
-        drama.append(metrics, dict(step=step, **news))
+        drama.append(run.metrics, dict(step=step, **news))
 
     def act():
         """One action."""
