@@ -6,16 +6,18 @@
 
 Exit code 0 where all that was asked passes, 1 where something does not, 2 for a bad command.
 
-Each task is graded by itself: the student's functions of that task, and whatever names the file
-adds, are put into the original, so a broken task costs no other. That module runs in a process of
-its own (probes.py), in an empty folder, with a time limit and without a way to the original's text;
-the answers are judged here (checks.py), on the other side of a pipe. This keeps grades honest; it
-is no jail for hostile code: grade strangers' files in a container, as Gradescope does.
+Each task is graded by itself: the student's functions of that task, and what they need of what the
+file adds, take the place of the original's, so a broken task costs no other. That module runs in a
+process of its own (probes.py), in an empty folder, with a time limit and without a way to the
+original's text; the answers are judged here (checks.py), on the other side of a pipe. This keeps
+grades honest; it is no jail for hostile code: grade strangers' files in a container, as Gradescope
+does.
 """
 
 import ast
 import base64
 import concurrent.futures
+import functools
 import json
 import marshal
 import os
@@ -36,7 +38,6 @@ import checks  # noqa: E402
 import make  # noqa: E402
 from checks import Failed  # noqa: E402
 
-STUDENT_LINES = 1_000_000  # the original's lines are counted from here on
 START_LIMIT = 180  # seconds for importing torch, which may be on a slow disk
 MODULES = ("torch", "numpy", "math", "functools", "itertools", "collections", "typing")
 PLACES = dict(model_losses="WorldModel.loss", dream="WorldModel.imagine", act="Player.act",
@@ -50,6 +51,9 @@ ATTRIBUTES = set("from_file fromfile memmap load loadtxt genfromtxt DataSource c
 
 
 # ---- the module to grade ------------------------------------------------------------------------
+
+
+parsed = functools.cache(ast.parse)
 
 
 def read(path: Path) -> ast.Module:
@@ -126,27 +130,45 @@ def inspect(nodes: list) -> None:
                          "to the original; write the body yourself")
 
 
-def merge(original: ast.Module, student: ast.Module, task: make.Task) -> bytes:
-    """The original with the student's functions of one task, as marshalled code."""
-    whole, mine = make.functions(original), make.functions(student)
+@functools.cache
+def remainder(source: str, task: make.Task) -> bytes:
+    """The original without a task's functions and what is withheld, as marshalled code."""
+    tree = ast.parse(source)
+    for owner in [tree, *(c for c in tree.body if isinstance(c, ast.ClassDef))]:
+        prefix = f"{owner.name}." if isinstance(owner, ast.ClassDef) else ""
+        owner.body = [s for s in owner.body if not (
+            isinstance(s, ast.FunctionDef) and prefix + s.name in task.blanks)]
+    for name in task.withheld:
+        make.functions(tree)[name].body = ast.parse(
+            f"raise RuntimeError('{name} is not there while task {task.number} is graded: write "
+            "the body without it')").body
+    return marshal.dumps(compile(ast.fix_missing_locations(tree), "<original>", "exec"))
+
+
+def own(original: ast.Module, student: ast.Module, task: make.Task) -> bytes:
+    """The student's functions of a task, and what they need, as marshalled code."""
+    mine = make.functions(student)
     missing = [name for name in task.blanks if name not in mine]
     if missing:
         raise Failed(f"the file has no function {missing[0]}")
     bodies = [mine[name] for name in task.blanks]
-    top, methods = additions(student, original, bodies)
-    inspect([*bodies, *top, *(method for _, method in methods)])
-    ast.increment_lineno(original, STUDENT_LINES)
-    for name in task.withheld:
-        whole[name].body = ast.parse(f"raise RuntimeError('{name} is not there while task "
-                                     f"{task.number} is graded: write it without')").body
-    for owner in [original, *(c for c in original.body if isinstance(c, ast.ClassDef))]:
-        prefix = f"{owner.name}." if isinstance(owner, ast.ClassDef) else ""
-        owner.body = [mine[prefix + s.name] if isinstance(s, ast.FunctionDef)
-                      and prefix + s.name in task.blanks else s for s in owner.body]
-        owner.body += [method for name, method in methods if prefix == f"{name}."]
-    last = original.body.index(imports(original)[-1])
-    original.body[last + 1:last + 1] = top
-    return marshal.dumps(compile(ast.fix_missing_locations(original), "drama.py", "exec"))
+    body, methods = additions(student, original, bodies)
+    inspect([*bodies, *body, *(method for _, method in methods)])
+    for name, node in zip(task.blanks, bodies):
+        owner = name.rpartition(".")[0]
+        methods += [(owner, node)] if owner else []
+        body += [] if owner else [node]
+    for owner, node in methods:  # defined beside its class, then put into it
+        place, node.name = f"{owner}.{node.name}", f"{owner}_{node.name}"
+        body += [node, *ast.parse(f"{place} = {node.name}").body]
+    module = ast.fix_missing_locations(ast.Module(body, []))
+    return marshal.dumps(compile(module, "drama.py", "exec"))
+
+
+def parts(student: ast.Module, task: make.Task) -> list[bytes]:
+    """The module to grade: first the original without the task's functions, then the student's."""
+    source = make.ORIGINAL.read_text(encoding="utf-8")
+    return [remainder(source, task), own(parsed(source), student, task)]
 
 
 # ---- a process for each task --------------------------------------------------------------------
@@ -155,7 +177,7 @@ def merge(original: ast.Module, student: ast.Module, task: make.Task) -> bytes:
 class Process:
     """A student's module in a process of its own; `request` asks it."""
 
-    def __init__(self, code: bytes, seed: int, limit: float, lines: list[str], printed: deque):
+    def __init__(self, code: list[bytes], seed: int, limit: float, lines: list, printed: deque):
         self.code, self.seed, self.lines, self.limit = code, seed, lines, limit
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         here, ours = Path(__file__).resolve().parent, make.ORIGINAL.parent
@@ -179,7 +201,7 @@ class Process:
     def __enter__(self):
         try:
             self.until = time.monotonic() + START_LIMIT
-            code = base64.b64encode(self.code).decode()
+            code = [base64.b64encode(part).decode() for part in self.code]
             self._ask(dict(code=code), "while the file was loaded")
             self.until = time.monotonic() + self.limit
             return self
@@ -259,9 +281,8 @@ def explain(reply: dict, when: str, lines: list[str]):
         return reply.get("result")
     if error["type"] == "NotImplementedError" and error["message"].startswith("task "):
         raise Failed(error["message"])
-    mine, where = [line for line in error["lines"] if line < STUDENT_LINES], when
-    if mine:
-        line = mine[-1]
+    line, where = error["line"], when
+    if line:
         text = lines[line - 1].strip() if line <= len(lines) else ""
         where = f"in line {line}, `{text}`, {when}"
     said = " ".join(error["message"].split())[:300]
@@ -272,7 +293,7 @@ def judge(task: make.Task, path: Path, seed: int = 0, limit: float = 30) -> tupl
     """Why a task fails, in one line, or "", and the last that a failing student's code printed."""
     printed = deque(maxlen=5)
     try:
-        code = merge(ast.parse(make.ORIGINAL.read_text(encoding="utf-8")), read(path), task)
+        code = parts(read(path), task)
         lines = path.read_bytes().decode(errors="replace").splitlines()
         with Process(code, seed, limit, lines, printed) as process:
             student = checks.Student(process.request)

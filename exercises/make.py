@@ -32,7 +32,7 @@ class Blank(NamedTuple):
     part: tuple[str, str] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """A task: what is blank, and what is taken away while it is graded, as it would be the answer
     in another guise."""
@@ -97,10 +97,10 @@ TASKS = (
     # Below the threshold the loss is the threshold, and has no gradient.
 """),
         "WorldModel.loss": Blank("""\
-    # To be made: `forward` and `back`, each (b, l-1), and the function `known`. The prior of z_t is
-    # self.log_prior(d_{t-1}). Both are KL[posterior || prior], for t from 1 on: in `forward` the
-    # posterior stands still (.detach()), in `back` the prior. known(kl), (b, l-1) -> (b, l): kl
-    # with a 0 in front, for the window's first frame, and 0 where batch.first opens an episode.
+    # To be made: `forward` and `back`, each (b, l-1), and the function `known`. The prior of
+    # z_t is self.log_prior(d_{t-1}). Both are KL[posterior || prior], for t from 1 on: in
+    # `forward` the posterior stands still (.detach()), in `back` the prior. known(kl), (b, l-1)
+    # -> (b, l): kl with a 0 in front, for the window's first frame, and 0 where batch.first.
     assert log_post.shape[:2] == d.shape[:2] == batch.first.shape
 """, ("log_prior", "known"))}),
     Task(4, "the lambda-return", 8, {
@@ -135,7 +135,7 @@ TASKS = (
     assert state.shape == (b, h, p, n)
 """)}, withheld=("ssd_scan",)),
     Task(7, "the chunked scan", 12, {"ssd_scan": SCAN}, withheld=("ssd_step",)),
-    Task(8, "the chunked scan with resets", 8, {"ssd_scan": SCAN}, withheld=("ssd_step",)),
+    Task(8, "the scan with resets", 8, {"ssd_scan": SCAN}, withheld=("ssd_step",)),
     Task(9, "imagination", 10, {
         "WorldModel.imagine": Blank("""\
     # Read the context but its last frame: that gives d and the states. Where the last frame

@@ -267,22 +267,23 @@ PROBES = dict(call=call, cost=cost, draw_rows=draw_rows, model_losses=model_loss
 # ---- the process --------------------------------------------------------------------------------
 
 
-def load(code: bytes, name: str = "drama") -> types.ModuleType:
+def load(parts: list[bytes], name: str = "drama") -> types.ModuleType:
     """The module of marshalled code; it has no file and no source that could be read."""
     module = types.ModuleType(name)
     sys.modules[name] = module
-    exec(marshal.loads(code), module.__dict__)
+    for part in parts:
+        exec(marshal.loads(part), module.__dict__)
     return module
 
 
 def what_went_wrong(error: BaseException) -> dict:
-    """The error, and the lines of the module on its way."""
-    lines, step = [], error.__traceback__
+    """The error, and the last line of the student's file on its way."""
+    line, step = None, error.__traceback__
     while step:
         if step.tb_frame.f_code.co_filename == "drama.py":
-            lines.append(step.tb_lineno)
+            line = step.tb_lineno
         step = step.tb_next
-    return dict(type=type(error).__name__, message=str(error)[:500], lines=lines[-50:])
+    return dict(type=type(error).__name__, message=str(error)[:500], line=line)
 
 
 def answer(drama, request: dict) -> dict:
@@ -334,7 +335,7 @@ def main() -> None:
     requests, sys.stdin = sys.stdin, open(os.devnull, encoding="utf-8")
     guard(sys.path, reply)
     try:
-        drama = load(base64.b64decode(first["code"]))
+        drama = load([base64.b64decode(part) for part in first["code"]])
         reply(dict(result="ready"))
     except BaseException as error:
         reply(dict(error=what_went_wrong(error)))
