@@ -140,8 +140,8 @@ def train(model: Predictor, length: int, budget: int) -> dict:
         schedule.step()
         spent += time.process_time() - begun
         losses.append(loss.item())
-    return dict(updates=updates, train_ms=1e3 * spent / updates,
-                loss=float(np.mean(losses[-max(1, updates // 10):])))
+    return dict(tokens=updates * batch * length, updates=updates,
+                train_ms=1e3 * spent / updates, loss=float(np.mean(losses[-max(1, updates // 10):])))
 
 
 @torch.no_grad()
@@ -231,11 +231,11 @@ def draw(rows: list[dict], path: Path) -> None:
     """Time, memory, a step against length, with slopes, also printed; recall against the gap."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), layout="constrained")
-    panels = (("forward and backward, ms", ("forward_ms", "backward_ms")),
-              ("peak memory, MiB", ("peak_MiB",)),
-              ("a step after so many tokens, ms", ("step_ms",)))
-    for axis, (title, columns) in zip(axes.flat, panels):
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 10), layout="constrained")
+    panels = {"forward and backward, milliseconds": ("forward_ms", "backward_ms"),
+              "peak memory, MiB": ("peak_MiB",),
+              "one step after so many tokens, milliseconds": ("step_ms",)}
+    for axis, (title, columns) in zip(axes.flat, panels.items()):
         for i, name in enumerate(NAMES):
             points = sorted((r["length"], sum(r[c] for c in columns)) for r in rows
                             if r["backbone"] == name)
@@ -244,22 +244,28 @@ def draw(rows: list[dict], path: Path) -> None:
                 label += f", slope {np.polyfit(*np.log(np.array(late).T), 1)[0]:.2f}"
                 print(f"{title}: {label} from {SLOPE_FROM:,} tokens")
             if points:
-                axis.loglog(*zip(*points), ".-", color=f"C{i}", label=label)
-        axis.set(title=f"{title}: one sequence", xlabel="tokens")
-    for row in rows:
+                axis.loglog(*zip(*points), "o-", color=f"C{i}", label=label)
+        lengths = sorted({row["length"] for row in rows})
+        axis.set_xticks(lengths, [f"{n:,.0f}" for n in lengths], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set(title=title, xlabel="tokens of one sequence")
+    trained = sorted({row["length"] for row in rows if row.get("loss", np.nan) > 0})
+    for row in (row for row in rows if row["length"] in trained):
         recall = sorted((int(k.split("_")[1]), v) for k, v in row.items()
                         if k.startswith("recall") and v == v)
-        if recall:
-            longest = row["length"] == max(r["length"] for r in rows if r["cells"] == r["cells"])
-            axes[1, 1].semilogx(*zip(*recall), ".-" if longest else ".:", base=2,
-                                color=f"C{NAMES.index(row['backbone'])}",
-                                label=f"{row['backbone']}, {row['length']:,.0f} tokens")
-    axes[1, 1].axhline(1 / (INNER**2 - 1), ls="--", lw=1, color="grey")
-    axes[1, 1].set(title="goals foretold where they are shown again (dashed: by elimination)",
-                   xlabel="frames since the goal was last shown", ylim=(0, 1.02))
+        i = NAMES.index(row["backbone"])
+        if recall:  # the marks one inside the other, where lines lie upon each other
+            axes[1, 1].plot(*zip(*recall), ("o:", "s-", "^--")[trained.index(row["length"]) % 3],
+                            color=f"C{i}", ms=12 - 3 * i, lw=4 - i,
+                            label=f"{row['backbone']}, {row['length']:,.0f} tokens")
+    axes[1, 1].axhline(1 / (INNER**2 - 1), ls="--", lw=1, color="grey", label="by elimination")
+    axes[1, 1].set_xscale("log", base=2)
+    axes[1, 1].xaxis.set_major_formatter("{x:g}")
+    axes[1, 1].set(title="share of goals foretold where they are shown again", ylim=(-0.04, 1.04),
+                   xlabel="frames since the goal was last shown")
     for axis in axes.flat:
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="small")
+        axis.legend()
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
