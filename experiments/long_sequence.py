@@ -140,8 +140,8 @@ def train(model: Predictor, length: int, budget: int) -> dict:
         schedule.step()
         spent += time.process_time() - begun
         losses.append(loss.item())
-    return dict(tokens=updates * batch * length, updates=updates,
-                train_ms=1e3 * spent / updates, loss=float(np.mean(losses[-max(1, updates // 10):])))
+    return dict(tokens=updates * batch * length, updates=updates, train_ms=1e3 * spent / updates,
+                loss=float(np.mean(losses[-max(1, updates // 10):])))
 
 
 @torch.no_grad()
