@@ -120,7 +120,7 @@ def draw(game: str, groups: dict, levels: dict, flags: str, k: int, against=("st
         axes[0, -1].annotate(f" {name} {round(level, 2):g}", (1, y), va="center",
                              xycoords=("axes fraction", "data"))
     axes[0, 0].set_ylabel(f"return of an episode, mean of {k}")
-    axes[0, 0].legend(loc="upper left", bbox_to_anchor=(0, 0.92))
+    axes[0, 0].legend(loc="best")
     return figure
 
 
