@@ -2911,3 +2911,313 @@ def test_bad_commands_of_the_exercises_get_one_line(program, line, words, tmp_pa
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and error.startswith("x.py: ")
     assert (tmp_path / "drama.py").read_text(encoding="utf-8") == "my work"
+
+
+# ---- the paper's other experiments: backbones.py, long_sequence.py -------------------------------
+
+import backbones  # noqa: E402
+import long_sequence  # noqa: E402
+
+
+def naive_selective_scan(x, dt, A, B, C, state, first):
+    """The recurrence of [3], a token after the other."""
+    ys = []
+    for t in range(x.shape[1]):
+        state = state * ~first[:, t, None, None]
+        inflow = dt[:, t, :, None] * B[:, t, None] * x[:, t, :, None]  # (b, d, n)
+        state = (dt[:, t, :, None] * A).exp() * state + inflow
+        ys.append((state * C[:, t, None]).sum(-1))
+    return torch.stack(ys, 1), state
+
+
+def scan_inputs(length, d=3, n=5):
+    """Double inputs of the selective scan, as leaves."""
+    double = partial(torch.randn, dtype=torch.float64)
+    x, B, C = double(b, length, d), double(b, length, n), double(b, length, n)
+    dt, A, state = double(b, length, d).exp(), -double(d, n).exp(), double(b, d, n)
+    return [v.requires_grad_() for v in (x, dt, A, B, C, state)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 11, 16, 33])
+@pytest.mark.parametrize("resets", [0, 0.3])
+def test_selective_scan_is_the_recurrence(length, resets):
+    leaves, first = scan_inputs(length), torch.rand(b, length) < resets
+    results = []
+    for scan in (backbones.selective_scan, naive_selective_scan):
+        torch.manual_seed(1)
+        values = scan(*leaves, first)
+        loss = sum((torch.randn_like(v) * v).sum() for v in values)
+        results.append([*values, *torch.autograd.grad(loss, leaves)])
+    errors = [(v - want).abs().max().item() for v, want in zip(*results, strict=True)]
+    assert max(errors) < 1e-10, errors
+
+
+def test_selective_scan_by_hand():
+    # halved at each token: 1, 1 + 1/2, 1 + 3/4; a state of 4 adds 2, 1, 1/2; a reset starts anew
+    one, state = torch.ones(1, 3, 1), torch.full((1, 1, 1), 4.0)
+    scan = partial(backbones.selective_scan, one, one, torch.tensor([[0.5]]).log(), one, one)
+    close(scan()[0].flatten(), [1, 1.5, 1.75])
+    close(scan(state)[0].flatten(), [3, 2.5, 2.25])
+    y, end = scan(state, torch.tensor([[False, False, True]]))
+    close(y.flatten(), [3, 2.5, 1])
+    assert end.item() == 1
+
+
+def test_selective_scan_keeps_memory_linear_in_the_length():
+    def kept(length):
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: sizes.update({t.untyped_storage().data_ptr(): t.nbytes}) or t,
+                lambda t: t):
+            held = backbones.selective_scan(*scan_inputs(length))  # alive: no address comes twice
+        return sum(sizes.values()), held
+    short, long = (kept(length)[0] for length in (256, 1024))
+    assert 3.5 * short < long < 4.1 * short
+
+
+def test_mamba_has_the_official_parameters_and_initial_values():
+    cfg = small(d_model=96, d_state=7, d_conv=3)
+    layer = backbones.Mamba(cfg, 190)
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
+        "in_proj.weight": (380, 96), "conv1d.weight": (190, 1, 3), "conv1d.bias": (190,),
+        "x_proj.weight": (6 + 2 * 7, 190), "dt_proj.weight": (190, 6), "dt_proj.bias": (190,),
+        "A_log": (190 * 7,), "D": (190,), "out_proj.weight": (96, 190)}
+    close(layer.A_log.exp().view(190, 7).detach(), np.tile(np.arange(1, 8), (190, 1)))
+    dt, limit = F.softplus(layer.dt_proj.bias).detach(), 6**-0.5
+    assert 1e-3 - 1e-6 < dt.min() and dt.max() < 0.1 + 1e-6 and (layer.D == 1).all()
+    assert 0.25 < (dt < 0.01).float().mean() < 0.75  # log-uniform: half lie in each decade
+    assert 0.95 * limit < layer.dt_proj.weight.abs().max() <= limit
+
+
+def naive_mamba(layer, u):
+    """The layer as [3] has it, from its parameters alone: one episode u (l, d_model), float64."""
+    p = {k: v.detach() for k, v in layer.named_parameters()}
+    inner, taps, n = len(p["D"]), p["conv1d.weight"].shape[-1], len(p["A_log"]) // len(p["D"])
+    x, z = (u @ p["in_proj.weight"].T).split(inner, -1)
+    x = F.conv1d(F.pad(x.T, (taps - 1, 0)), p["conv1d.weight"], p["conv1d.bias"], groups=inner).T
+    x = F.silu(x)
+    dt, B, C = (x @ p["x_proj.weight"].T).tensor_split([-2 * n, -n], -1)
+    dt = (dt @ p["dt_proj.weight"].T + p["dt_proj.bias"]).exp().log1p()
+    A, zero = -p["A_log"].exp().view(inner, n), torch.zeros(1, inner, n)
+    y, _ = naive_selective_scan(*(v[None] for v in (x, dt)), A, *(v[None] for v in (B, C)), zero,
+                                torch.zeros(1, len(u), dtype=torch.bool))
+    return ((y[0] + p["D"] * x) * F.silu(z)) @ p["out_proj.weight"].T
+
+
+def naive_transformer(layer, u):
+    """Attention as a loop over tokens and heads, rotary positions as complex numbers [7]."""
+    p = {k: v.detach() for k, v in layer.named_parameters()}
+    h, half = layer.heads, layer.p // 2
+    q, k, v = (u @ p["qkv.weight"].T).view(len(u), 3, h, layer.p).unbind(1)
+    q, k = (torch.complex(w[..., :half], w[..., half:]) for w in (q, k))  # (l, h, p/2)
+    turn = torch.polar(torch.ones(half).double(), 1e4 ** -(torch.arange(half) / half).double())
+    y = torch.zeros(len(u), h, layer.p).double()
+    for t in range(len(u)):
+        seen = range(max(0, t - layer.window + 1), t + 1)
+        for head in range(h):
+            score = torch.stack([(q[t, head] * k[s, head].conj() * turn ** (t - s)).real.sum()
+                                 for s in seen]) / layer.p**0.5
+            y[t, head] = sum(w * v[s, head] for w, s in zip(score.softmax(0), seen, strict=True))
+    y = y.flatten(1) @ p["out_proj.weight"].T
+    x = u + y
+    x = x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+    x = F.silu(x * p["norm.weight"] @ p["mlp.0.weight"].T + p["mlp.0.bias"])
+    return y + x @ p["mlp.2.weight"].T + p["mlp.2.bias"]
+
+
+def naive_gru(layer, u):
+    """The gates one by one, r, z, n as PyTorch orders them."""
+    p = {k: v.detach() for k, v in layer.named_parameters()}
+    h, ys = torch.zeros(p["gru.weight_hh_l0"].shape[1]).double(), []
+    for u_t in u:
+        old = h
+        given = (p["gru.weight_ih_l0"] @ u_t + p["gru.bias_ih_l0"]).chunk(3)
+        kept = (p["gru.weight_hh_l0"] @ h + p["gru.bias_hh_l0"]).chunk(3)
+        r, z = ((i + j).sigmoid() for i, j in zip(given[:2], kept[:2], strict=True))
+        h = (1 - z) * (given[2] + r * kept[2]).tanh() + z * old
+        ys.append(h)
+    return torch.stack(ys) @ p["out_proj.weight"].T
+
+
+@pytest.mark.parametrize("name, naive", [("mamba", naive_mamba), ("gru", naive_gru),
+                                         ("transformer", naive_transformer)])
+def test_layers_are_their_formulas_and_a_reset_makes_two_sequences(name, naive):
+    cfg = small(batch_length=5)  # the transformer's window: shorter than an episode
+    layer = scrambled(backbones.LAYERS[name](cfg, 9)).double()
+    u, first = torch.randn(b, l, cfg.d_model).double(), torch.zeros(b, l, dtype=torch.bool)
+    first[0, [2, 5, 6]] = first[1, 9] = True
+    for row, cuts in enumerate(([0, 2, 5, 6, l], [0, 9, l])):
+        alone = [naive(layer, u[row, i:j]) for i, j in zip(cuts, cuts[1:], strict=False)]
+        exact(layer(u)[0][row].detach(), naive(layer, u[row]))
+        exact(layer(u, first=first)[0][row].detach(), torch.cat(alone))
+
+
+@pytest.mark.parametrize("name", ["mamba2", *backbones.LAYERS])
+def test_backbones_forward_is_step_by_step_values_and_gradients(name):
+    cfg = small(batch_length=5)
+    sequence = scrambled(backbones.make(name, cfg, ACTIONS)).double()
+    z, action = torch.randn(b, l, K * C).double().requires_grad_(), torch.randint(0, 4, (b, l))
+    first, weight = torch.rand(b, l) < 0.2, torch.randn(b, l, cfg.d_model).double()
+    first[0, 3] = True
+
+    def gradients(d):
+        return torch.autograd.grad((d * weight).sum(), [z, *sequence.parameters()])
+
+    whole, end = sequence(z, action, None, first)
+    whole_gradients = gradients(whole)
+    for cut in (0, 1, 6, l - 1, l):  # so many tokens at once, the rest at once and by steps
+        d, states = sequence(z[:, :cut], action[:, :cut], None, first[:, :cut]) if cut else (
+            z.new_zeros(b, 0, cfg.d_model), sequence.initial_states(b))
+        ds, before = [d], states
+        for t in range(cut, l):
+            states = drama.clear(states, first[:, t])
+            old = [[s.clone() for s in state] for state in states]
+            d, new = sequence.step(z[:, t], action[:, t], states)
+            assert all(map(torch.equal, sum(old, []), sum(map(list, states), [])))
+            ds, states = [*ds, d[:, None]], new
+        steps = torch.cat(ds, 1)
+        exact(steps.detach(), whole.detach())
+        for got, want in zip(gradients(steps), whole_gradients, strict=True):
+            exact(got, want)
+        if cut < l:
+            d, last = sequence(z[:, cut:], action[:, cut:], before, first[:, cut:])
+            exact(d.detach(), whole[:, cut:].detach())
+            after, want = (sequence.step(z[:, 0], action[:, 0], s)[0] for s in (last, end))
+            exact(after.detach(), want.detach())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", backbones.LAYERS)
+def test_backbones_are_causal_and_the_attention_forgets_what_its_window_left(name):
+    cfg = small(batch_length=4, layers=1)
+    sequence = scrambled(backbones.make(name, cfg, ACTIONS)).double()
+    z, action = torch.randn(b, l, K * C).double(), torch.randint(0, ACTIONS, (b, l))
+    d, states = sequence(z, action)
+    other = sequence(z, (action + F.one_hot(torch.tensor(3), l)) % ACTIONS)[0]
+    changed = (other != d).any(2).any(0)
+    last = 3 + cfg.batch_length if name == "transformer" else l
+    assert changed.tolist() == [3 <= t < last for t in range(l)]
+    if name == "transformer":
+        assert all(s.shape[1] == cfg.batch_length - 1 for s in states[0])
+
+
+@pytest.mark.parametrize("preset", ["paper", "laptop", "gridworld", "tiny"])
+def test_backbones_have_equal_parameters(preset, capsys):
+    cfg = drama.parse(["--preset", preset])[0]
+    counts = {name: backbones.size(backbones.make(name, cfg, ACTIONS))
+              for name in ("mamba2", *backbones.LAYERS)}
+    assert all(abs(n / counts["mamba2"] - 1) < 0.05 for n in counts.values()), counts
+    model = WorldModel(cfg, ACTIONS)
+    model.sequence = backbones.make("mamba", cfg, ACTIONS)
+    decayed = drama.make_learners(cfg, model, ActorCritic(cfg, ACTIONS))[0].optimiser.param_groups
+    free = [p for group in decayed if not group["weight_decay"] for p in group["params"]]
+    for layer in model.sequence.layers:
+        assert all(any(p is q for q in free) for p in (layer.A_log, layer.D, layer.dt_proj.bias))
+
+
+@pytest.mark.parametrize("name", backbones.LAYERS)
+def test_backbones_train_go_on_and_are_evaluated(name, no_pictures, capsys):
+    line = f"--backbone {name} --game GridWorld --preset tiny --device cpu --precision bfloat16"
+    line += " --compile off --steps "
+    assert backbones.main(f"{line} 80".split()) == 0
+    assert re.search(rf"backbone {name}; parameters of a layer: mamba2 1,972 .*{name} [12],\d+ \(",
+                     capsys.readouterr().out)
+    assert drama.SequenceModel is SequenceModel and drama.time is time  # as it was
+    assert backbones.main(f"{line} 130".split()) == 0
+    assert "going on from step 80" in capsys.readouterr().out
+    out, other = Path(f"runs/GridWorld-0-{name}"), {"gru": "mamba"}.get(name, "gru")
+    assert len(read_csv(out / "episodes.csv")) == 130 // drama.GridWorld.STEPS
+    assert np.isfinite([float(row["kl"]) for row in read_csv(out / "metrics.csv")]).all()
+    assert backbones.main(f"--backbone {name} --game GridWorld --eval 1 --device cpu".split()) == 0
+    assert "1 episodes: mean" in capsys.readouterr().out
+    wrong = f"{line} 130".replace(name, other, 1) + f"0 --out {out}"
+    assert backbones.main(wrong.split()) == 2
+    assert "does not fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script, line, words", [
+    (backbones, "--backbone lstm", "invalid choice: 'lstm'"),
+    (backbones, "--game Pnog", "did you mean Pong"),
+    (backbones, "--backbone gru --batch-size x", "--batch-size"),
+    (backbones, "--d_model 1 --headdim 1 --expand 1 --game GridWorld", "parameters"),
+    (long_sequence, "--out here --lengths 27", "--lengths 27: must be 26 times 2 or more"),
+    (long_sequence, "--out here --width 7", "--width must be even"),
+    (long_sequence, "--out nowhere/here", "nowhere"),
+    (long_sequence, "", "--out")])
+def test_experiments_answer_bad_input_with_one_line(script, line, words, capsys):
+    try:
+        code = script.main(line.split())
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and words in error and error.count("\n") == 1 and not any(Path().iterdir())
+
+
+def test_worlds_of_tokens_play_by_gridworlds_rules():
+    tokens, gap, placed = long_sequence.worlds(40, 32, seed=3)
+    assert tokens.shape == (40, 32, 26) and set(np.unique(gap)) <= {0, 1, 2, 4, 8, 16}
+    cells, actions = tokens[..., :25].reshape(40, 32, 5, 5), tokens[..., 25] - 4
+    assert set(np.unique(actions)) == set(range(8)) and set(np.unique(cells)) == {0, 1, 2, 3}
+    edge = np.ones((5, 5), bool)
+    edge[1:-1, 1:-1] = False
+    assert ((cells == 0) == edge).all() and ((cells == 2).sum((2, 3)) == 1).all()
+    shown = (cells == 3).sum((2, 3))
+    assert (shown == (gap > 0)).all() and (shown[:, 1:] == actions[:, :-1] // 4).all()
+    moves = ((-1, 0), (1, 0), (0, -1), (0, 1))  # up, down, left, right
+    for i in range(40):
+        [goal], [agent], since = np.argwhere(cells[i, 0] == 3), np.argwhere(cells[i, 0] == 2), 0
+        for t in range(1, 32):
+            moved, since = np.clip(agent + moves[actions[i, t - 1] % 4], 1, 3), since + 1
+            [agent] = np.argwhere(cells[i, t] == 2)
+            assert placed[i, t] == (shown[i, t] and (moved == goal).all())
+            assert placed[i, t] or (agent == moved).all()
+            if shown[i, t]:
+                [here] = np.argwhere(cells[i, t] == 3)
+                assert gap[i, t] == since and (placed[i, t] or (here == goal).all())
+                goal, since = here, 0
+    assert placed[:, 1:].any() and (gap[:, 1:] == 1).any()
+
+
+def test_errors_of_a_frame_are_counted(monkeypatch):
+    """Of a model that foretells every cell but the goal, and of one that is always right."""
+    monkeypatch.setattr(long_sequence, "EVALUATED", 10**6)  # the oracles answer for all at once
+    tokens, gap, placed = long_sequence.worlds(long_sequence.UNSEEN, 8, seed=2**31)
+    flat = torch.from_numpy(tokens).flatten(1)
+
+    class Oracle:
+        def __init__(self, blind):
+            cells = flat.clamp(max=3)
+            self.true = torch.where(cells == 3, 1, cells) if blind else cells
+
+        def __call__(self, given):
+            ahead = F.pad(self.true, (0, 1))[:, 1:given.shape[1] + 1]
+            return F.one_hot(ahead, 4).float(), None
+
+        def step(self, token, place, states):
+            return F.one_hot(self.true[:, 7 * 26 + min(place + 1, 25)], 4).float(), None
+
+    right, blind = (long_sequence.errors(Oracle(b), 208) for b in (False, True))
+    assert right["cells"] == 0 and {v for k, v in right.items() if k != "cells"} == {1.0}
+    assert {"recall_1", "recall_2", "recall_4"} <= right.keys()
+    hidden = (gap[:, -1] == 0).mean()
+    fair = ~placed[:, -1]
+    exact([blind[k] for k in ("cells", "walls", "agent", "goal", "move", "recall_2")],
+          [(gap[fair, -1] > 0).mean(), 1, 1, hidden, 1, 0])
+
+
+def test_long_sequences_are_made_once_and_drawn(monkeypatch, capsys):
+    monkeypatch.setattr(long_sequence, "UNSEEN", 16)
+    line = "--out small --width 16 --lengths 52 208 --trained 52 --tokens 4000".split()
+    assert long_sequence.main(line) == 0
+    rows, out = read_csv("small.csv"), capsys.readouterr().out
+    assert [(r["backbone"], r["length"]) for r in rows] == [
+        (name, length) for length in ("52", "208") for name in ("mamba2", *backbones.LAYERS)]
+    for row in rows:
+        assert all(float(row[k]) > 0 for k in ("forward_ms", "step_ms", "peak_MiB", "parameters"))
+        assert bool(row["recall_1"]) == bool(row["loss"]) == (row["length"] == "52")
+    held = {(r["backbone"], r["length"]): float(r["peak_MiB"]) for r in rows}
+    for name in ("mamba2", "mamba"):  # 4 times the tokens, at most 4.5 times the memory
+        assert held[name, "208"] < 4.5 * held[name, "52"]
+    assert Image.open("small.png").size[0] > 900 and "updates 2" in out
+    assert long_sequence.main(line) == 0
+    assert read_csv("small.csv") == rows and "updates" not in capsys.readouterr().out

@@ -6,11 +6,13 @@
 
 The second draws every game of a folder of suite.py, a panel for each. In the first each file is a
 run's episodes.csv. Of each run the mean of --mean episodes is taken; a group's line is the mean
-over its runs, its band reaches from the worst to the best of them. --flags are the runs' own, such
-as "--preset laptop": they say where dreams, and with them learning to act, begin.
+over its runs, its band reaches from the worst to the best of them. --against steps minutes adds a
+panel over the runs' own clock, which backbones.py lets count core-minutes. --flags are the runs'
+own, such as "--preset laptop": they say where dreams, and with them learning to act, begin.
 Prints for each run that mean at --minutes and at the end, and when it first passed --level.
 For GridWorld the levels are the random policy, played here for 500 episodes, and the best possible
-return; for Atari, the published random, human and Drama scores.
+return; for Atari, the published random, human and Drama scores, and with --dreamerv3 what is known
+of the curve of DreamerV3's published runs.
 """
 
 import argparse
@@ -27,6 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drama  # noqa: E402
 
 COLOURS = "#1f5fa8", "#7a7a7a", "#e07b00", "#2a8a3e", "#8b3fa0"
+AXES = {"steps": "environment steps", "minutes": "minutes"}
+# mean return by environment step over five seeds, read off the scores that come with its code
+DREAMER_V3 = {
+    "Boxing": {20_000: 22.7, 100_000: drama.SCORES["Boxing"]["DreamerV3"]},
+    "Pong": {10_000: -18.0, 20_000: -14.0, 30_000: -2.5, 50_000: 7.0, 100_000: 16.0}}
 
 
 class Episodes(NamedTuple):
@@ -71,39 +78,49 @@ def tell(name: str, run: Episodes, k: int, marks, level) -> None:
     print(f"{name}, mean of {k}: " + "; ".join(words))
 
 
-def band(axis, name: str, runs: list[Episodes], colour: str) -> None:
+def band(axis, along: str, name: str, runs: list[Episodes], colour: str) -> None:
     """A group: its mean, and from the worst to the best run, where all of them have played."""
-    x = np.linspace(max(run.steps[0] for run in runs), min(run.steps[-1] for run in runs), 300)
-    means = np.stack([np.interp(x, run.steps, run.mean) for run in runs])
+    at = [getattr(run, along) for run in runs]
+    x = np.linspace(max(a[0] for a in at), min(a[-1] for a in at), 300)
+    means = np.stack([np.interp(x, a, run.mean) for a, run in zip(at, runs)])
     axis.fill_between(x, means.min(0), means.max(0), color=colour, alpha=0.2, lw=0)
     seeds = f"{len(runs)} seeds" if len(runs) > 1 else "one seed"
     axis.plot(x, means.mean(0), color=colour, lw=2.5, label=f"{name}, {seeds}")
 
 
-def draw(game: str, groups: dict, levels: dict, flags: str, k: int):
-    """The figure: return against environment steps."""
+def draw(game: str, groups: dict, levels: dict, flags: str, k: int, against=("steps",),
+         dreamerv3: bool = False):
+    """The figure: return against environment steps, minutes or both."""
     from matplotlib import pyplot
-    figure, axis = pyplot.subplots(figsize=(10, 5), layout="constrained")
-    for (name, runs), colour in zip(groups.items(), COLOURS):
-        band(axis, name, runs, colour)
-    axis.margins(y=0.05)
-    for level in levels.values():
-        axis.axhline(level, ls="--", lw=1, color="black")
-    low, high = axis.get_ylim()
+    width = 10 if len(against) == 1 else 6.5 * len(against)
+    figure, axes = pyplot.subplots(1, len(against), figsize=(width, 5), sharey=True,
+                                   layout="constrained", squeeze=False)
+    for axis, along in zip(axes[0], against):
+        for (name, runs), colour in zip(groups.items(), COLOURS):
+            band(axis, along, name, runs, colour)
+        axis.margins(y=0.05)
+        for level in levels.values():
+            axis.axhline(level, ls="--", lw=1, color="black")
+        if along == "steps" and dreamerv3:
+            axis.plot(*zip(*DREAMER_V3[game].items()), "o", color="black",
+                      label="DreamerV3, 5 seeds, published")
+        if along == "steps" and flags:
+            cfg, _ = drama.parse(flags.split())
+            dreams = cfg.warmup + 3 * cfg.see_first * cfg.train_every
+            axis.axvline(dreams, ls=":", color="black")
+            axis.annotate(" dreams begin", (dreams, 0.02), xycoords=("data", "axes fraction"))
+        axis.set(xlabel=AXES[along], title=game)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.locator_params("x", nbins=5)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+    low, high = axes[0, -1].get_ylim()
     y = low
     for name, level in sorted(levels.items(), key=lambda item: item[1]):
         y = max(level, y + 0.06 * (high - low))  # no two words in one place
-        axis.annotate(f" {name} {round(level, 2):g}", (1, y), va="center",
-                      xycoords=("axes fraction", "data"))
-    if flags:
-        cfg, _ = drama.parse(flags.split())
-        dreams = cfg.warmup + 3 * cfg.see_first * cfg.train_every
-        axis.axvline(dreams, ls=":", color="black")
-        axis.annotate(" dreams begin", (dreams, 0.02), xycoords=("data", "axes fraction"))
-    axis.set(xlabel="environment steps", ylabel=f"return of an episode, mean of {k}", title=game)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.legend(loc="upper left", bbox_to_anchor=(0, 0.92))
+        axes[0, -1].annotate(f" {name} {round(level, 2):g}", (1, y), va="center",
+                             xycoords=("axes fraction", "data"))
+    axes[0, 0].set_ylabel(f"return of an episode, mean of {k}")
+    axes[0, 0].legend(loc="best")
     return figure
 
 
@@ -145,6 +162,8 @@ def main() -> None:
     parser.add_argument("--group", nargs="+", action="append", default=[],
                         metavar=("NAME", "FILE"), help="a name, then an episodes.csv of each run")
     parser.add_argument("--flags", default="", help="the runs' flags: mark where dreams begin")
+    parser.add_argument("--against", nargs="+", default=["steps"], choices=AXES, help="the panels")
+    parser.add_argument("--dreamerv3", action="store_true", help="add its published curve")
     parser.add_argument("--mean", type=int, default=10, help="episodes in the running mean")
     parser.add_argument("--minutes", type=float, nargs="*", default=[], help="marks to report")
     parser.add_argument("--level", type=float, help="report when the running mean passes it")
@@ -163,6 +182,8 @@ def main() -> None:
     else:
         levels = {k: drama.SCORES[args.game][k] for k in ("random", "human", "Drama")}
     groups = {}
+    if args.dreamerv3 and args.game not in DREAMER_V3:
+        parser.error(f"--dreamerv3: no curve of {args.game}, only of {', '.join(DREAMER_V3)}")
     if not all(files for _, *files in args.group):
         parser.error("--group needs a name and a file")
     for name, *patterns in args.group:
@@ -173,7 +194,8 @@ def main() -> None:
         groups[name] = [read(file, args.mean) for file in files]
         for file, run in zip(files, groups[name]):
             tell(file, run, args.mean, args.minutes, args.level)
-    draw(args.game, groups, levels, args.flags, args.mean).savefig(args.out, dpi=128)
+    figure = draw(args.game, groups, levels, args.flags, args.mean, args.against, args.dreamerv3)
+    figure.savefig(args.out, dpi=128)
     print(args.out)
 
 
