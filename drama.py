@@ -1851,6 +1851,11 @@ def report(cfg: Config, run: Run, step: int, scores: np.ndarray) -> None:
                 scores=scores.tolist()), indent=1))
 
 
+def refuse(message: str) -> None:
+    """For argparse: one line for an error."""
+    raise Refusal(f"{message}; see --help")
+
+
 def boolean(text: str) -> bool:
     """true or false."""
     if text.lower() not in ("true", "false"):
@@ -1867,9 +1872,6 @@ def whole(text: str) -> int:
 
 def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
     """Command line -> Config (defaults, preset, flags, each over the last), the flags given."""
-    def refuse(message):
-        raise Refusal(f"{message}; see --help")
-
     parser = argparse.ArgumentParser(
         "drama.py", usage="%(prog)s --game NAME [--flag VALUE]", description=__doc__,
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -31,12 +31,9 @@ def export(saved: dict) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; return the exit code."""
-    def refuse(message):
-        raise drama.Refusal(f"{message}; see --help")
-
     parser = argparse.ArgumentParser("export.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+    parser.error = drama.refuse
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("file", type=Path, help="the file to write")
     try:

@@ -516,12 +516,9 @@ class Server(socketserver.ThreadingTCPServer):
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    def refuse(message):
-        raise drama.Refusal(f"{message}; see --help")
-
     parser = argparse.ArgumentParser("play.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+    parser.error = drama.refuse
     add = parser.add_argument
     add("--game", default="", help="which checkpoint of the repository (Pong)")
     source = parser.add_mutually_exclusive_group()

@@ -336,8 +336,9 @@ def report(runs: list[Run], stem: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; return the exit code."""
-    parser = drama.Parser("suite.py", description=__doc__, allow_abbrev=False,
-                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("suite.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = drama.refuse
     parser.add_argument("--games", nargs="+", default=["all"], help="all, or names")
     parser.add_argument("--seeds", type=int, default=1, help="runs of a game")
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first of them")
