@@ -2582,7 +2582,7 @@ LOOKED_AT = {
 @pytest.mark.parametrize("broken, named", LOOKED_AT.values(), ids=LOOKED_AT)
 def test_what_is_for_looking_at_never_ends_a_run(broken, named, run, monkeypatch, capsys):
     broken(monkeypatch)
-    assert go("--draw_every 0", stub="") == 0
+    assert go(stub="") == 0
     assert_same(load(), load(WHOLE / "checkpoint.pt"))
     said = re.findall(r"(\S.*) failed \(\w+: .*\); the run goes on", capsys.readouterr().err)
     assert bool(said) == bool(named) and len(said) == len({*said})
