@@ -1,6 +1,12 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "gymnasium>=1.2.0", "ale-py>=0.11.2", "numpy>=2.0", "tqdm>=4.66",
+#                 "matplotlib>=3.9", "pytest>=8.0"]
+# ///
 """Tests of drama.py: each an independent oracle and, where it helps, an example worked by hand.
 
     python -m pytest -q test_drama.py        a minute or two on one core; no GPU, no network
+    uv run test_drama.py                     the same where uv is: it installs what it needs
 
 The oracles: mamba2_ref.py for the scan, NumPy for the formulas, a counting environment for the
 rows of the replay, value iteration for GridWorld, and the emulator itself. Sizes are all different,
@@ -15,6 +21,7 @@ import importlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -31,7 +38,7 @@ import traceback
 import warnings
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
 import numpy as np
@@ -3221,3 +3228,328 @@ def test_long_sequences_are_made_once_and_drawn(monkeypatch, capsys):
     assert Image.open("small.png").size[0] > 900 and "updates 2" in out
     assert long_sequence.main(line) == 0
     assert read_csv("small.csv") == rows and "updates" not in capsys.readouterr().out
+
+
+# ---- the world around: pictures, disks, consoles, old files, other systems -----------------------
+# The oracle: the same run where nothing is wrong.
+
+
+def raises(error):
+    """A call that fails so."""
+    def fail(*args, **options):
+        raise error
+    return fail
+
+
+def no_locks(number):
+    import fcntl
+    return fcntl, "flock", raises(OSError(number, os.strerror(number)))
+
+
+LOOKED_AT = {
+    "backend": (lambda m: m.setenv("MPLBACKEND", "module://nowhere"), ""),
+    "matplotlib": (lambda m: m.setitem(sys.modules, "matplotlib.figure", None), "curves.png"),
+    "font": (lambda m: m.setattr("PIL.ImageFont.load_default", raises(OSError("no\nfont"))), "gif"),
+    "table": (lambda m: (OUT / "metrics.csv").unlink(), ""),
+    "no table": (lambda m: ((OUT / "metrics.csv").unlink(), (OUT / "metrics.csv").mkdir()), "csv"),
+    "foreign table": (lambda m: (OUT / "metrics.csv").write_text("a,b\nc,d\n"), "metrics.csv"),
+    "torn table": (lambda m: os.truncate(OUT / "metrics.csv", 500), ""),
+    "settings": (lambda m: (CONFIG.unlink(), CONFIG.mkdir()), "config.json"),
+    "bar": (lambda m: m.setattr(tqdm, "update", raises(BrokenPipeError())), "the bar")}
+
+
+@pytest.mark.parametrize("broken, named", LOOKED_AT.values(), ids=LOOKED_AT)
+def test_what_is_for_looking_at_never_ends_a_run(broken, named, run, monkeypatch, capsys):
+    broken(monkeypatch)
+    assert go(stub="") == 0
+    assert_same(load(), load(WHOLE / "checkpoint.pt"))
+    said = re.findall(r"(\S.*) failed \(\w+: .*\); the run goes on", capsys.readouterr().err)
+    assert bool(said) == bool(named) and len(said) == len({*said})
+    assert any(named in what for what in said) or not named
+    if not named:
+        assert (OUT / "curves.png").exists() and rows("metrics")[-1]["step"] == "80"
+
+
+@needs_fork
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(number, run, monkeypatch, capsys):
+    monkeypatch.setattr(*no_locks(number))
+    assert go() == 0 and "has no locks" in capsys.readouterr().err
+    assert_same_as_whole()
+
+
+@needs_fork
+def test_only_a_lock_that_is_held_refuses(run, monkeypatch, capsys):
+    for number in (errno.EAGAIN, errno.EACCES):
+        monkeypatch.setattr(*no_locks(number))
+        refused(capsys, "in use by another process")
+
+
+@pytest.mark.parametrize("number", [None, errno.EACCES, errno.EINVAL])
+def test_the_lock_of_windows(number, run, monkeypatch, capsys):
+    locking = raises(OSError(number, "no")) if number else lambda *_: None
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.setattr(drama, "os", SimpleNamespace(name="nt"))
+    if number == errno.EACCES:
+        with pytest.raises(drama.Refusal, match="in use"):
+            drama.Run(small(out="run")).lock()
+    else:
+        drama.Run(small(out="run")).lock().close()
+        assert ("has no locks" in capsys.readouterr().err) == bool(number)
+
+
+def test_what_a_disk_cannot_do_is_done_without(run, monkeypatch, capsys):
+    held = iter([PermissionError(errno.EACCES, "held")] * 2)
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", raises(OSError(errno.EINVAL, "cannot")))
+    monkeypatch.setattr(shutil, "disk_usage", raises(OSError(errno.ENOSYS, "cannot")))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(os, "replace", lambda *names: next(
+        (raises(error)() for error in held), None) or replace(*names))
+    assert go() == 0
+    assert_same_as_whole()
+    monkeypatch.setattr(os, "replace", raises(PermissionError(errno.EACCES, "held", str(NEWEST))))
+    refused(capsys, "checkpoint.pt: held", "--out", out=Path("new"))
+
+
+CONSOLES = {"none": None, "closed": io.StringIO(), "dead": io.StringIO(),
+            "cp1252": io.TextIOWrapper(io.BytesIO(), encoding="cp1252"),
+            "ascii": io.TextIOWrapper(io.BytesIO(), encoding="ascii")}
+CONSOLES["closed"].close()
+CONSOLES["dead"].write = raises(BrokenPipeError())
+
+
+@pytest.mark.parametrize("console", CONSOLES.values(), ids=CONSOLES)
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_run_needs_no_console(console, in_thread, run, monkeypatch):
+    OUT.rename("Ωμέγα")
+    done = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", console)
+        patch.setattr(sys, "stderr", console)
+        work = lambda: done.extend([go(out="Ωμέγα"), go("--eval 1", out="Ωμέγα")])  # noqa: E731
+        if in_thread:
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        else:
+            work()
+    Path("Ωμέγα").rename(OUT)
+    assert done == [0, 0] and (OUT / "evaluation.json").exists()
+    assert_same_as_whole()
+    if hasattr(console, "encoding") and console.encoding:
+        console.flush()
+        said = console.buffer.getvalue().decode("ascii")
+        assert r"\u03a9\u03bc\u03ad\u03b3\u03b1" in said and "the best" in said
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on this system")
+def test_a_closed_terminal_saves_and_nohup_goes_on(run, monkeypatch):
+    hang_up = partial(signal.raise_signal, getattr(signal, "SIGHUP", 0))
+    assert go(at=80, act=hang_up) == 128 + signal.SIGHUP and load()["at"]["step"] == 80
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert go(at=85, act=hang_up) == 0
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+    assert_same_as_whole()
+    with monkeypatch.context() as patch:  # a handler that Python did not set is given as None
+        patch.setattr(signal, "signal", lambda number, handler: signal.SIG_IGN if not handler else
+                      None)
+        assert go(steps=STEPS + 1) == 0
+
+
+def test_flags_as_people_type_them(run, capsys):
+    assert drama.parse(["--steps", "1e5"])[0].steps == 100_000
+    assert go(steps="2e1", out=Path("short")) == 0
+    said = capsys.readouterr().out
+    assert "nothing will be learnt" in said.split("finished")[0]
+    assert "0.00 GB of frames" in said
+    assert go("--eval 1 --seed 7") == 0
+    assert json.loads((OUT / "evaluation.json").read_text())["seed"] == 7
+
+
+def test_every_game_of_ale_starts_or_is_refused():
+    """As found by starting each for 600 steps; those for two end the process."""
+    names = ["".join(map(str.capitalize, rom.split("_"))) for rom in
+             drama.ale_py.roms.get_all_rom_ids()]
+    refusals = {}
+    for name in names:
+        try:
+            drama.validate(small(game=name))
+        except drama.Refusal as refusal:
+            refusals[name] = str(refusal)
+    assert sorted(refusals) == ["Combat", "Joust", "MazeCraze", "Warlords"] and len(names) > 100
+    assert all("for two" in words and "\n" not in words for words in refusals.values())
+
+
+def test_a_checkpoint_from_before_a_setting_goes_on(run, capsys):
+    saved = load()
+    assert saved["config"].pop("mean_frame") and saved["config"].pop("decoded") == 1
+    saved["config"]["mean_frame"] = True
+    put(saved)
+    assert go() == 0 and go("--eval 1") == 0
+    assert_same_as_whole()
+    put({**saved, "version": 99, "config": {**saved["config"], "wings": 2}})
+    for flags in ("", "--eval 1"):
+        refused(capsys, "wings (of version 99", flags=flags, steps=STEPS + 1)
+
+
+PARTS = ("at step", "at first", "at total", "config", "config game", "config gamma", "device",
+         "precision", "generators", "generators 0", "pending", "pending kl", "model",
+         "model prior.weight", "agent", "agent scale", "model_learner",
+         "model_learner schedule last_epoch", "model_learner optimiser state 0 exp_avg",
+         "agent_learner optimiser", "replay", "replay action", "replay latent", "player",
+         "player d", "player states", "player states 0", "env", "env agent", "env rng")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_checkpoint_that_is_missing_or_another_is_a_line(part, run, capsys):
+    *path, key = (int(name) if name.isdigit() else name for name in part.split())
+    for another in (None, 3, "text", torch.zeros(2, 3, 5)):
+        saved = load()
+        inside = saved
+        for name in path:
+            inside = inside[name]
+        if isinstance(inside, list) or another is not None:
+            if type(another) is type(inside[key]) or part == "at total" and another == 3:
+                continue
+            inside[key] = another
+        elif part in ("config gamma", "pending kl"):
+            continue  # their absence is no fault
+        else:
+            del inside[key]
+        put(saved)
+        refused(capsys, "checkpoint.pt", changed=(NEWEST.name,))
+        if path[:1] == ["config"]:
+            refused(capsys, "checkpoint.pt", flags="--eval 1")
+
+
+@pytest.mark.parametrize("reward", [math.inf, -math.inf, math.nan])
+def test_rewards_that_are_not_finite_are_refused_by_name(reward, run, capsys, monkeypatch):
+    step = drama.GridWorld.step
+    monkeypatch.setattr(drama.GridWorld, "step", lambda self, action: (
+        (result := step(self, action))[0], np.array([reward]), *result[2:]))
+    refused(capsys, "reward is not finite", code=1)
+
+
+# -- the scan and the layer as a library
+
+
+@pytest.mark.parametrize("chunk", [2, 4, 99])
+def test_a_reset_clears_whatever_was_held(chunk):
+    layer, first = scrambled(Mamba2(12, 4, 3, 2, 6, chunk)), torch.zeros(b, l, dtype=torch.bool)
+    first[:, 5] = True
+    u, clean = torch.randn(b, l, 12), layer.initial_state(b)
+    held = tuple(torch.full_like(s, torch.nan) for s in clean)
+    (y, after), (want, want_after) = layer(u, held, first), layer(u, clean, first)
+    assert y[:, :5].isnan().any() and torch.equal(y[:, 5:], want[:, 5:])
+    assert all(map(torch.equal, after, want_after))
+    rows = torch.tensor([True, False])
+    (window, memory), = drama.clear([held], rows)
+    assert not window[0].any() and not memory[0].any() and memory[1].isnan().all()
+
+
+@pytest.mark.parametrize("length", [0, 1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half, torch.float64])
+def test_a_layer_in_another_type(dtype, length):
+    layer = scrambled(Mamba2(12, 4, 3, 2, 6, 4))
+    u = torch.randn(b, length + 1, 12)
+    state = layer.initial_state(b)
+    want = layer(u, state)[0]
+    cast = layer.to(dtype)
+    state = tuple(s.to(dtype) for s in state)
+    y, state = cast(u[:, :-1].to(dtype), state)
+    last, state = cast.step(u[:, -1].to(dtype), state)
+    assert y.dtype == last.dtype == dtype and y.shape == (b, length, 12)
+    assert state[1].dtype == (dtype if dtype == torch.float64 else torch.float32)
+    got = torch.cat([y, last[:, None]], 1).to(want.dtype)
+    np.testing.assert_allclose(got.detach(), want.detach(), atol=0.1 * want.abs().max().item())
+
+
+def test_a_scan_of_mixed_types_and_of_nothing():
+    def inputs(length, *dtypes):
+        torch.manual_seed(4)
+        x, dt, A, B, C, state = (torch.rand(*shape) for shape in (
+            (b, length, 3, 4), (b, length, 3), (3,), (b, length, 5), (b, length, 5), (b, 3, 4, 5)))
+        return [t.to(d) for t, d in zip((x, dt, -A, B, C), dtypes, strict=True)], state.half()
+
+    single = torch.float32
+    for other in (torch.bfloat16, torch.half, single, torch.float64):
+        args, state = inputs(l, other, single, single, other, single)
+        y, last = drama.ssd_scan(*args, 4, state)
+        assert y.dtype == last.dtype == torch.promote_types(other, single)
+        x, dt, A, B, C = args
+        h = state
+        for t in range(l):
+            y_t, h = drama.ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], h)
+            close(y[:, t], y_t)
+    args, state = inputs(0, *[single] * 5)
+    y, last = drama.ssd_scan(*args, 4, state)
+    assert y.shape == (b, 0, 3, 4) and torch.equal(last, state.float())
+    for chunk in (0, -3):
+        with pytest.raises(ValueError, match=f"chunk_size {chunk}: "):
+            drama.ssd_scan(*args, chunk)
+
+
+@pytest.mark.parametrize("total, error", [(1e2, 5e-6), (1e5, 5e-3)])
+def test_the_scan_is_as_exact_as_its_docstring_says(total, error):
+    x, B, C = torch.randn(4, 32, 8, 16), torch.randn(4, 32, 16), torch.randn(4, 32, 16)
+    dt, A = 0.001 + 0.05 * torch.rand(4, 32, 8), torch.full((8,), -4.0)
+    dt[:, 7] = total / 4  # one very steep token; what comes after it is compared
+    args = x, dt, A, B, C
+    y, want = (drama.ssd_scan(*a, 32)[0][:, 8:] for a in (args, [t.double() for t in args]))
+    assert error / 10 < (y - want).abs().max() / want.abs().max() < 2 * error
+
+
+# -- other systems
+
+
+def test_the_files_install_themselves():
+    folder = Path(drama.__file__).parent
+    wanted = (folder / "requirements.txt").read_text().split()
+    for name, packages in (("drama.py", [p for p in wanted if not p.startswith("pytest")]),
+                           ("test_drama.py", wanted)):
+        text = (folder / name).read_text()
+        header = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", text)[1]
+        python, found = re.fullmatch(r'requires-python = "(.+)"\ndependencies = (\[[^]]+\])\n',
+                                     re.sub(r"(?m)^# ?", "", header)).groups()
+        assert python == ">=3.10" and json.loads(found) == packages
+
+
+def test_a_run_folder_on_windows(monkeypatch):
+    monkeypatch.setattr(drama, "Path", PureWindowsPath)
+    for out, want in ((r"D:\runs\one", r"D:\runs\one"), ("D:/runs/one", r"D:\runs\one"),
+                      (r"\\server\share", "\\\\server\\share\\"), ("", r"runs\GridWorld-0")):
+        run = drama.Run(drama.Config(game="GridWorld", out=out))
+        assert str(run.dir) == want and str(run.checkpoint) == str(run.dir / "checkpoint.pt")
+    files = {run.frames.name, run.checkpoint.name, run.metrics.name, run.episodes.name}
+    assert all(name == name.lower() for name in files)
+
+
+def test_lines_end_as_they_may(tmp_path):
+    """A checkout with CRLF runs, and so does a file system that does not tell capitals apart."""
+    folder = Path(drama.__file__).parent
+    source = (folder / "drama.py").read_text().replace("\n", "\r\n").encode()
+    (tmp_path / "drama.py").write_bytes(source)
+    names = [p.name.lower() for p in folder.iterdir()]
+    assert len(names) == len({*names})
+    code = ("import drama, json; print(json.dumps(drama.SCORES)); "
+            f"raise SystemExit(drama.main({[*TINY, '--steps', '42', '--out', 'crlf']}))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0",
+                               "PYTHONCOERCECLOCALE": "0", "PYTHONWARNINGS": "error"}, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[0]) == drama.SCORES
+
+
+def test_a_run_in_a_process_that_was_spawned(run):
+    process = multiprocessing.get_context("spawn").Process(
+        target=drama.main, args=([*TINY, "--out", "run", "--steps", str(STEPS), "--save_every",
+                                  "1e6"],))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert_same_as_whole()
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
