@@ -2822,6 +2822,12 @@ def processes(cases, tmp_path, limit):
 
 
 @pytest.mark.slow
+def test_the_original_passes_every_task_in_its_own_process(capsys):
+    assert grade.main([str(make.ORIGINAL), "--jobs", "2"]) == 0
+    assert "100 of 100 points" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_cheats_in_their_own_process_get_nothing(tmp_path):
     there = str(make.ORIGINAL)
     cases = {

@@ -21,6 +21,7 @@ import types
 if __name__ == "__main__":  # isolated: sys.path has no folder but those of installed packages
     sys.path[:] = json.loads(sys.stdin.readline())["path"]
 
+import tempfile  # noqa: E402
 import warnings  # noqa: E402
 
 import torch  # noqa: E402
@@ -333,7 +334,10 @@ def main() -> None:
         replies.flush()
 
     requests, sys.stdin = sys.stdin, open(os.devnull, encoding="utf-8")
-    guard(sys.path, reply)
+    tempfile.tempdir = os.getcwd()  # empty, and removed by grade.py
+    with Counting():  # what PyTorch imports at its first use it shall import before the guard is up
+        torch.zeros(2, requires_grad=True).sum().backward()
+    guard([*sys.path, os.getcwd()], reply)
     try:
         drama = load([base64.b64decode(part) for part in first["code"]])
         reply(dict(result="ready"))
