@@ -2495,6 +2495,7 @@ def test_curves_of_a_folder(monkeypatch):
 
 def test_suite_with_a_real_run(suite, capsys, monkeypatch):
     monkeypatch.setattr(suite, "DRAMA", Path(drama.__file__))
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)  # as on macOS and Windows
     line = "--games Breakout --folder all --eval 1 --preset tiny --device cpu --steps 60".split()
     assert suite.main(line) == 0
     found = json.loads(Path("all/Breakout-0/evaluation.json").read_text())
