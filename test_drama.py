@@ -2930,6 +2930,7 @@ def test_bad_commands_of_the_exercises_get_one_line(program, line, words, tmp_pa
 # ---- the paper's other experiments: backbones.py, long_sequence.py -------------------------------
 
 import backbones  # noqa: E402
+import curves  # noqa: E402
 import long_sequence  # noqa: E402
 
 
@@ -3157,7 +3158,13 @@ def test_backbones_train_go_on_and_are_evaluated(name, no_pictures, capsys):
     (long_sequence, "--out here --lengths 27", "--lengths 27: must be 26 times 2 or more"),
     (long_sequence, "--out here --width 7", "--width must be even"),
     (long_sequence, "--out nowhere/here", "nowhere"),
-    (long_sequence, "", "--out")])
+    (long_sequence, "", "--out"),
+    (curves, "--game Pong --group a none.csv --out a.png", "no file none.csv"),
+    (curves, "--game Pong --group a --out a.png", "no file is given"),
+    (curves, "--game Qbert --dreamerv3 --group a none.csv --out a.png", "only of Boxing, Pong"),
+    (curves, "--game Tetris --group a none.csv --out a.png", "Tetris"),
+    (curves, "--folder none --out a.png", "no episode"),
+    (curves, "--out a.png", "--folder")])
 def test_experiments_answer_bad_input_with_one_line(script, line, words, capsys):
     try:
         code = script.main(line.split())

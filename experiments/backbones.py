@@ -283,14 +283,14 @@ def make(backbone: str, cfg: drama.Config, num_actions: int) -> SequenceModel:
 
 def main(argv: list[str] | None = None) -> int:
     """Run drama.py with the chosen backbone; return its exit code."""
-    own = argparse.ArgumentParser("backbones.py", usage=argparse.SUPPRESS, add_help=False,
-                                  allow_abbrev=False)
+    own = argparse.ArgumentParser("backbones.py", add_help=False, allow_abbrev=False)
+    own.error = drama.refuse
     own.add_argument("--backbone", default="mamba2", choices=("mamba2", *LAYERS))
-    args, rest = own.parse_known_args(argv)
-    if {"-h", "--help"} & set(rest):
-        print(__doc__, "\nThe flags of drama.py:\n", sep="")
-        return drama.main(["--help"])
     try:
+        args, rest = own.parse_known_args(argv)
+        if {"-h", "--help"} & set(rest):
+            print(__doc__, "\nThe flags of drama.py:\n", sep="")
+            return drama.main(["--help"])
         cfg, given = drama.parse(rest)
         drama.validate(cfg)
         counts = {name: size(make(name, cfg, 1).layers[0]) for name in ("mamba2", *LAYERS)}

@@ -131,7 +131,7 @@ def draw_folder(folder: Path, k: int):
                     if path.stat().st_size] for game in drama.SCORES}
     files = {game: paths for game, paths in files.items() if paths}
     if not files:
-        sys.exit(f"no episode of any game has ended in {folder}")
+        drama.refuse(f"--folder {folder}: no episode of any game has ended")
     columns = min(5, len(files))
     height = -(-len(files) // columns)
     figure, axes = pyplot.subplots(height, columns, figsize=(10, 2.2 * height + 0.8), sharex=True,
@@ -152,10 +152,33 @@ def draw_folder(folder: Path, k: int):
     return figure
 
 
-def main() -> None:
-    """Read the files, tell, draw, save."""
-    parser = argparse.ArgumentParser(description=__doc__,
+def compare(args):
+    """Read the files, tell of each, draw."""
+    if args.game not in ("GridWorld", *drama.SCORES):
+        drama.refuse(f"--game {args.game}: neither GridWorld nor of Atari 100k")
+    if args.dreamerv3 and args.game not in DREAMER_V3:
+        drama.refuse(f"--dreamerv3: no curve of {args.game}, only of {', '.join(DREAMER_V3)}")
+    if args.game == "GridWorld":
+        levels = {"random": random_return(), "best possible": drama.GridWorld.BEST}
+    else:
+        levels = {k: drama.SCORES[args.game][k] for k in ("random", "human", "Drama")}
+    groups = {}
+    for name, *patterns in args.group:
+        files = sorted(file for pattern in patterns for file in glob.glob(pattern) or [pattern])
+        missing = [file for file in files if not Path(file).is_file()]
+        if missing or not files:
+            drama.refuse(f"--group {name}: no file {missing[0] if missing else 'is given'}")
+        groups[name] = [read(file, args.mean) for file in files]
+        for file, run in zip(files, groups[name]):
+            tell(file, run, args.mean, args.minutes, args.level)
+    return draw(args.game, groups, levels, args.flags, args.mean, args.against, args.dreamerv3)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; return the exit code."""
+    parser = argparse.ArgumentParser("curves.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = drama.refuse
     parser.add_argument("--game", help="the game of the files")
     parser.add_argument("--folder", type=Path, help="run folders of many games, instead of files")
     parser.add_argument("--out", required=True)
@@ -167,37 +190,20 @@ def main() -> None:
     parser.add_argument("--mean", type=int, default=10, help="episodes in the running mean")
     parser.add_argument("--minutes", type=float, nargs="*", default=[], help="marks to report")
     parser.add_argument("--level", type=float, help="report when the running mean passes it")
-    args = parser.parse_args()
-    if bool(args.folder) == bool(args.game and args.group):
-        parser.error("give --game and --group, or --folder")
     matplotlib.use("Agg")
     matplotlib.rcParams["font.size"] = 13
-    if args.folder:
-        draw_folder(args.folder, args.mean).savefig(args.out, dpi=128)
-        print(args.out)
-        return
-    if args.game == "GridWorld":
-        best = drama.GridWorld.BEST
-        levels = {"random": random_return(), "best possible": best}
-    else:
-        levels = {k: drama.SCORES[args.game][k] for k in ("random", "human", "Drama")}
-    groups = {}
-    if args.dreamerv3 and args.game not in DREAMER_V3:
-        parser.error(f"--dreamerv3: no curve of {args.game}, only of {', '.join(DREAMER_V3)}")
-    if not all(files for _, *files in args.group):
-        parser.error("--group needs a name and a file")
-    for name, *patterns in args.group:
-        files = sorted(file for pattern in patterns for file in glob.glob(pattern) or [pattern])
-        missing = [file for file in files if not Path(file).is_file()]
-        if missing:
-            parser.error(f"no such file: {missing[0]}")
-        groups[name] = [read(file, args.mean) for file in files]
-        for file, run in zip(files, groups[name]):
-            tell(file, run, args.mean, args.minutes, args.level)
-    figure = draw(args.game, groups, levels, args.flags, args.mean, args.against, args.dreamerv3)
-    figure.savefig(args.out, dpi=128)
+    try:
+        args = parser.parse_args(argv)
+        if bool(args.folder) == bool(args.game and args.group):
+            drama.refuse("give --game and --group, or --folder")
+        figure = draw_folder(args.folder, args.mean) if args.folder else compare(args)
+        figure.savefig(args.out, dpi=128)
+    except (drama.Refusal, OSError) as error:
+        drama.say(f"curves.py: {error}", sys.stderr)
+        return 2
     print(args.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -270,29 +270,11 @@ def draw(rows: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_rows(args, lengths: list[int]) -> None:
     """Make the rows that are not there yet, draw."""
-    parser = argparse.ArgumentParser("long_sequence.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, type=Path, help="path of the CSV and the PNG, less "
-                        "the ending")
-    parser.add_argument("--backbones", nargs="+", default=NAMES, choices=NAMES)
-    parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS, help="to be timed")
-    parser.add_argument("--trained", nargs="*", type=int, default=TRAINED, help="trained too")
-    parser.add_argument("--tokens", type=int, default=3_000_000, help="of a training")
-    parser.add_argument("--width", type=int, default=64, help="d_model; even")
-    parser.usage = argparse.SUPPRESS  # an error is one line
-    args = parser.parse_args(argv)
-    lengths = sorted({*args.lengths, *args.trained})
-    wrong = [n for n in lengths if n < 2 * FRAME or n % FRAME]
-    if wrong:
-        parser.error(f"--lengths {wrong[0]}: must be {FRAME} times 2 or more")
-    if args.width < 8 or args.width % 2 or args.tokens < 1:
-        parser.error("--width must be even and 8 or more, --tokens 1 or more")
-    if not args.out.parent.is_dir():
-        parser.error(f"--out {args.out}: no such folder")
-    table, rows = args.out.with_suffix(".csv"), read(args.out.with_suffix(".csv"))
     drama.keep_freed_pages()
+    table = args.out.with_suffix(".csv")
+    rows = read(table)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler keeps its own messages
     for length, name in itertools.product(lengths, args.backbones):
         old = [row for row in rows if (row["backbone"], row["length"]) == (name, length)]
@@ -310,6 +292,34 @@ def main(argv: list[str] | None = None) -> int:
                         for k, v in row.items() if v == v), flush=True)
     draw(rows, args.out.with_suffix(".png"))
     print(f"{table}, {args.out.with_suffix('.png')}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; return the exit code."""
+    parser = argparse.ArgumentParser("long_sequence.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = drama.refuse
+    parser.add_argument("--out", required=True, type=Path, help="path of the CSV and the PNG, less "
+                        "the ending")
+    parser.add_argument("--backbones", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS, help="to be timed")
+    parser.add_argument("--trained", nargs="*", type=int, default=TRAINED, help="trained too")
+    parser.add_argument("--tokens", type=int, default=3_000_000, help="of a training")
+    parser.add_argument("--width", type=int, default=64, help="d_model; even")
+    try:
+        args = parser.parse_args(argv)
+        lengths = sorted({*args.lengths, *args.trained})
+        wrong = [n for n in lengths if n < 2 * FRAME or n % FRAME]
+        if wrong:
+            raise drama.Refusal(f"--lengths {wrong[0]}: must be {FRAME} times 2 or more")
+        if args.width < 8 or args.width % 2 or args.tokens < 1:
+            raise drama.Refusal("--width must be even and 8 or more, --tokens 1 or more")
+        if not args.out.parent.is_dir():
+            raise drama.Refusal(f"--out {args.out}: no such folder")
+        make_rows(args, lengths)
+    except drama.Refusal as error:
+        drama.say(f"long_sequence.py: {error}", sys.stderr)
+        return 2
     return 0
 
 
