@@ -1,6 +1,6 @@
 """A run's weights alone, in half precision, their settings beside them: small enough for git.
 
-    python experiments/export.py runs/Pong-0 results/Pong.pt
+    python experiments/export.py runs/GridWorld-0 results/GridWorld.pt
 
 What comes out plays and dreams, with play.py or `drama.py --eval 20 --checkpoint FILE`; it cannot
 be trained on. Left out: optimisers, replay, and the slow critic, which stands as the critic.
