@@ -737,7 +737,7 @@ class Mamba2(nn.Module):
 
     def _output(self, y, x, gate):
         y = (y + self.D[:, None] * x).flatten(-2)
-        return self.out_proj(self.norm((y * F.silu(gate)).to(gate.dtype)))
+        return self.out_proj(self.norm((y * F.silu(gate)).to(self.norm.weight.dtype)))
 
     def forward(self, u: Tensor, state=None, first=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """u (b, l, d_model) -> the same shape, and the state after the last token."""
