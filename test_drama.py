@@ -1112,10 +1112,10 @@ def test_cuda_scans_as_the_recurrence_does():
                   inputs=ref.make_inputs(2, 40, 3, 5, 7, True))
     want = run(ref.ssd_recurrent)
 
-    def on_cuda(*args, **options):
+    def on_cuda(**inputs):
         """The scan there, its results here."""
-        options = {name: x.cuda() for name, x in options.items()}
-        return tuple(x.cpu() for x in drama.ssd_scan(*(x.cuda() for x in args), 16, **options))
+        inputs = {name: x.cuda() for name, x in inputs.items()}
+        return tuple(x.cpu() for x in drama.ssd_scan(**inputs, chunk_size=16))
 
     got = run(on_cuda)
     assert max(ref.error(got[k], want[k]) for k in want) < 1e-10
