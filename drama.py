@@ -21,17 +21,7 @@ takes the place of the next frame. Actor and critic learn in dreams alone.
                            |                         |
     z_t, d_{t-1} --actor--> a_t                      +--> e_t, the end that follows a_t
 
-    repeat for every environment step t:                                            (see `train`)
-        ACT                  z_t ~ encoder(o_t); a_t ~ actor(z_t, d_{t-1}); play a_t
-        STORE                o_t, a_t, r_t, e_t in the replay
-        every few steps:
-        TRAIN WORLD MODEL    draw windows of the replay, those least trained on first (DFS)
-                             z ~ encoder(o); d = Mamba-2(z, a); redraw o from z
-                             from d_t foretell z_{t+1}, r_t, e_t
-        IMAGINE              draw moments of the replay to dream on from (DFS)
-                             repeat: a ~ actor(z, d); d = Mamba-2(z, a); z ~ prior(d)
-        TRAIN ACTOR-CRITIC   critic: the return of a dream; actor: what did better than expected
-        LOG, SAVE
+The loop is `train`, section 9: act, store, train the world model, dream, train actor and critic.
 
     code          paper    shape                 meaning
     frame         o_t      (b, l, H, W, 3)       what the player sees, uint8
@@ -96,10 +86,7 @@ def opt(default, text: str, low=None, high=None, choices=None):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting, those first that a reader must know; the others can wait until they are used.
-
-    The defaults are preset `paper`, the figures of [1]; PRESETS, below, holds what others change.
-    """
+    """Every setting. The defaults are preset `paper`, the figures of [1]; PRESETS change some."""
 
     # what to run
     game: str = opt("Pong", "a game of ALE, such as Pong, or GridWorld")
@@ -148,7 +135,7 @@ class Config:
     moving: float = opt(0.0, "extra weight of pixels that changed since the last frame", 0.0, 1e6)
     free_bits: float = opt(1.0, "KL below this is not trained on, in nats", 0.0, 1000.0)
     representation_scale: float = opt(0.1, "weight of the posterior's way to the prior", 0.0, 100.0)
-    mean_frame: bool = opt(False, "the decoder starts at the mean of the random steps' frames")
+    mean_frame: bool = opt(False, "the decoder starts at the mean frame of random play")
     see_first: int = opt(0, "updates on reconstruction alone; the rest grows in later", 0, 10**7)
     model_clip: float = opt(1000.0, "world model: largest gradient norm", 1e-3, 1e9)
     weight_decay: float = opt(1e-4, "world model: weight decay of matrices and kernels", 0.0, 1.0)
@@ -185,11 +172,6 @@ class Config:
     def d_z(self) -> int:
         """K C: numbers in a flat latent."""
         return self.categoricals * self.classes
-
-    @property
-    def d_feature(self) -> int:
-        """Width of [z_t, d_{t-1}], which actor and critic read."""
-        return self.d_z + self.d_model
 
 
 CNN_MULTIPLES, CNN_MAP, CNN_PATCH = (1, 2, 3, 4, 4), 4, 4
@@ -253,11 +235,13 @@ class GridWorld(VectorEnv):
     def __init__(self, num_envs: int, image_size: int):
         self.num_envs, self.size = num_envs, image_size
         self.single_action_space = Discrete(len(self.MOVES))
+        self.time = np.zeros(num_envs, np.int64)
+        self.agent, self.goal = np.zeros((2, num_envs, 2), np.int64)  # rows and columns
 
     def _place(self, i: int) -> None:
-        cells = self.SIDE**2
-        agent, goal = self.np_random.choice(cells, 2, replace=False)
-        self.agent[i], self.goal[i] = divmod(agent, self.SIDE), divmod(goal, self.SIDE)
+        for cells, cell in zip((self.agent, self.goal),
+                               self.np_random.choice(self.SIDE**2, 2, replace=False)):
+            cells[i] = divmod(cell, self.SIDE)
 
     def frames(self) -> np.ndarray:
         """What is to be seen now: (n, 1, H, W, 3) uint8."""
@@ -271,8 +255,7 @@ class GridWorld(VectorEnv):
     def reset(self, *, seed=None, options=None):
         """Start every episode -> (frames, info)."""
         super().reset(seed=seed)
-        self.agent, self.goal = np.zeros((2, self.num_envs, 2), np.int64)
-        self.time = np.zeros(self.num_envs, np.int64)
+        self.time[:] = 0
         for i in range(self.num_envs):
             self._place(i)
         return self.frames(), {"lives": np.zeros(self.num_envs, np.int64)}
@@ -300,19 +283,19 @@ class GridWorld(VectorEnv):
 
     def load_state_dict(self, saved: dict) -> None:
         """Go on from `state_dict`."""
-        self.agent, self.goal = np.array(saved["agent"]), np.array(saved["goal"])
-        self.time = np.array(saved["time"])
+        for name in ("agent", "goal", "time"):
+            getattr(self, name)[:] = saved[name]
         self.np_random.bit_generator.state = json.loads(saved["rng"])
 
 
 # ---- 3 Replay and DFS ---------------------------------------------------------------------------
 #
 # DFS is dynamic frequency-based sampling, no graph search. In a buffer that grows, uniform draws
-# train on old rows far more often than on new ones. So two counts are kept for each row: `trained`
-# (v in [1]), how many training windows STARTED there, and `dreamt` (b in [1]), how many contexts
-# of dreams did. Train on what was trained on least, which is mostly what is new. Dream anywhere,
-# but once a row was dreamt from more than its training has earned, its chance falls: the world
-# model knows little of it, and its dreams would lie.
+# train on old rows far more often than on new ones. So each row has two counts: `trained` (v in
+# [1]), how many training windows STARTED there, and `dreamt` (b in [1]), how many contexts of
+# dreams did. Train on what was trained on least, which is mostly what is new. Dream anywhere, but
+# a row that was dreamt from more than its training has earned loses its chance: the world model
+# knows little of it, and its dreams would lie.
 
 
 def dfs_sequence_logits(trained: Tensor, temperature: float) -> Tensor:
@@ -349,11 +332,9 @@ class Replay:
 
         d_t = f(z_0,a_0, .., z_t,a_t)  foretells  z_{t+1} of the next row, and r_t, e_t of its own
 
-    The frame after an episode's end has no action and gets no row; the next row opens the next
-    episode. A lost life is an end to learn (terminated = 1), but the episode goes on (first = 0).
-    A truncation is the reverse: nothing was terminated, yet the next row is first. A window may
+    The frame after an episode's end has no action and gets no row. A lost life is an end to learn
+    (terminated = 1), but the episode goes on (first = 0). A truncation is the reverse. A window may
     hold the end of one episode and the start of the next: `first` clears the model's state there.
-    The buffer holds the whole run, so row i+1 always follows row i: there is no seam.
     """
 
     COLUMNS = ("action", "reward", "terminated", "first", "latent", "trained", "dreamt")
@@ -384,9 +365,9 @@ class Replay:
         """Rows (k, length) of k windows with different starts, drawn from softmax(logits).
 
         The largest of logits plus Gumbel noise, -log of an exponential variable, is a draw from
-        their softmax; the k largest are k draws without replacement. No count is put through exp.
+        their softmax; the k largest are k draws without replacement.
         """
-        n = self.size - length + 1  # as many starts there are; fewer than k while the run is short
+        n = self.size - length + 1  # starts there are; fewer than k while the run is short
         tiny = torch.finfo(torch.float32).tiny
         noise = -torch.empty(n, device=self.device).exponential_().clamp_min(tiny).log()
         noisy = noise + (logits[:n] if self.cfg.sampler == "dfs" else 0)
@@ -423,10 +404,6 @@ class Replay:
         self.size = len(saved["action"])
         for name in self.COLUMNS:
             getattr(self, name)[:self.size] = saved[name]
-
-    def mean_frame(self) -> Tensor:
-        """The mean of all frames, (H, W, 3) in 0..1."""
-        return self.frame[:self.size].sum(0) / (255 * self.size)
 
 
 # ---- 4 Small maths ------------------------------------------------------------------------------
@@ -471,10 +448,9 @@ class TwoHot(nn.Module):
 
 
 def unimix(logits: Tensor, share: float) -> Tensor:
-    """log((1 - share) softmax(logits) + share / C) over the last axis, the classes.
+    """log((1 - share) softmax(logits) + share / C) over the last axis, the C classes.
 
-    No class ever falls below share / C, so that no logarithm meets a zero. C is the number of
-    classes; the published code divides by K, which nobody notices while K = C = 32.
+    No class ever falls below share / C, so that no logarithm meets a zero.
     """
     probs = logits.float().softmax(-1)
     mixed = (1 - share) * probs + share / logits.shape[-1]
@@ -505,8 +481,8 @@ def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def free_bits(kl: Tensor, threshold: float) -> Tensor:
-    """max(threshold, KL): no gradient below the threshold [4]. Once a latent is foretold that well
-    it is not squeezed any further, or it would forget the picture."""
+    """max(threshold, KL) [4]: a latent foretold that well is not squeezed any further, or it would
+    forget the picture."""
     return kl.clamp(min=threshold)
 
 
@@ -516,8 +492,8 @@ def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lam:
     reward, end (b, H); value (b, H+1) -> (b, H), for dreams of H steps. lam = 0 is the one-step
     target r + gamma V; lam = 1 sums the whole dream and trusts the critic at its end alone.
     Example: r = (1, 1), e = 0, V = (9, 2, 4), gamma = lam = 0.5: R_1 = 3, R_0 = 1 + 0.5 (1 + 1.5).
-    NOTE(1): the published code has V_t for V_{t+1}. Then a state is its own successor, and what the
-    critic says of the next one does not pay the action that led there.
+    NOTE(1): with V_t for V_{t+1}, as in the published code, what the critic says of the next state
+    does not pay the action that led there.
     """
     R, returns = value[:, -1], []
     for t in reversed(range(reward.shape[1])):
@@ -528,8 +504,8 @@ def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lam:
 
 # ---- 5 Encoder and decoder ----------------------------------------------------------------------
 #
-# Together they are the autoencoder of the VAE. What makes it variational, the random latent between
-# them and the KL, is in WorldModel.
+# The autoencoder of the VAE. What makes it variational, the random latent and the KL, is in
+# WorldModel.
 
 
 def pixels(frame: Tensor) -> Tensor:
@@ -581,8 +557,7 @@ class Decoder(nn.Sequential):
         """Begin where any latent decodes to about this frame (H, W, 3) in 0..1, random play's mean.
 
         NOTE(2): while a decoder has yet to find the background, a noisy latent costs more than it
-        tells. Then the encoder gives every frame the same latent, and does so for long: posterior
-        collapse. On Pong, after 60 s on one core, squared errors of 7.7 without this, 1.3 with it.
+        tells, and the encoder gives every frame the same latent for long: posterior collapse.
         """
         self.mean.copy_(frame.clamp(0.02, 0.98).logit().permute(2, 0, 1))
         last = [layer for layer in self if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))][-1]
@@ -631,7 +606,7 @@ def ssd_step(x, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
     """One token: state = exp(dt A) state + dt x B^T, y = state C [2].
 
     x (b,h,p), dt (b,h) > 0, A (h,) < 0, B and C (b,n), state (b,h,p,n) -> y (b,h,p), a NEW state.
-    float32 at least, even under autocast. Memory holds the state as (b,h,n,p), which is faster.
+    float32 at least, even under autocast. In memory the state lies as (b,h,n,p), which is faster.
     """
     with torch.autocast(x.device.type, enabled=False):
         x, dt, A, B, C, state = at_least_float32(x, dt, A, B, C, state)
@@ -648,8 +623,8 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
     x (b,l,h,p), dt (b,l,h) > 0, A (h,) < 0, B and C (b,l,n), state (b,h,p,n) or None for zeros,
     first (b,l) bool or None: the state is cleared BEFORE that token, whatever it held. Returns y
     (b,l,h,p), without the D skip, and the last state. Any l from 0; cost linear in l. float32 at
-    least, even under autocast: its relative error is about 5e-8 times the sum of |dt A| in a chunk,
-    5e-6 at 100, 5e-3 at 100,000. In agents trained here that sum came to 217 at most.
+    least, even under autocast: its error is about 5e-8 times the sum of |dt A| in a chunk, which
+    came to 217 at most in agents trained here.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size}: a chunk has one token or more")
@@ -834,8 +809,7 @@ def clear(states: list, where: Tensor) -> list:
 #     the critic's value           a target and a baseline stand still while actor and critic move
 #     the slow critic              only averages the critic
 #
-# Reconstruction, reward, end and, through d, `dynamics` do train the encoder: it keeps what they
-# need.
+# Reconstruction, reward, end and, through d, `dynamics` do train the encoder.
 
 
 class WorldModel(nn.Module):
@@ -881,8 +855,8 @@ class WorldModel(nn.Module):
         """z (b, l, K*C), frame (b, l, H, W, 3) -> squared error summed over a frame, (b, l).
 
         NOTE(5): decoding is most of the cost, so a random part of the frames is decoded, and scaled
-        up; the others' error is 0. And pixels that changed since the frame before weigh more, at
-        the cost of the rest: Pong's ball has two of 4,096, and was long in coming without that.
+        up; the others' error is 0. Pixels that changed since the frame before weigh more, at the
+        cost of the rest: Pong's ball has two of 4,096, and was long in coming without that.
         """
         n = z.shape[0] * z.shape[1]
         count = max(1, round(n * self.cfg.decoded))
@@ -897,10 +871,7 @@ class WorldModel(nn.Module):
         return error.view(z.shape[:2])
 
     def loss(self, batch: Batch) -> tuple[dict, Tensor, Tensor]:
-        """Losses by name, each (b, l); latents (b, l, K, C); KL[posterior || prior] (b, l).
-
-        The KL is 0 where nothing came before: at a window's and an episode's first frame.
-        """
+        """Losses by name, each (b, l); latents (b, l, K, C); KL[posterior || prior] (b, l)."""
         log_post = self.encode(batch.frame)
         z = straight_through(log_post)  # (b, l, K, C)
         d, _ = self.sequence(z.flatten(-2), batch.action, first=batch.first)
@@ -910,9 +881,8 @@ class WorldModel(nn.Module):
         forward = kl_divergence(log_later.detach(), log_prior)
         back = kl_divergence(log_later, log_prior.detach())
 
-        def known(kl: Tensor) -> Tensor:
-            """(b, l-1) -> (b, l), 0 where o_t opens an episode: the past knows nothing of it."""
-            return F.pad(kl * ~batch.first[:, 1:], (1, 0))
+        def known(kl: Tensor) -> Tensor:  # 0 where o_t opens an episode: it has no past
+            return F.pad(kl * ~batch.first[:, 1:], (1, 0))  # (b, l-1) -> (b, l)
 
         end = self.termination(d).squeeze(-1).float()
         losses = dict(
@@ -921,7 +891,6 @@ class WorldModel(nn.Module):
             termination=F.binary_cross_entropy_with_logits(end, batch.terminated, reduction="none"),
             dynamics=known(free_bits(forward, self.cfg.free_bits)),
             representation=known(free_bits(back, self.cfg.free_bits)))
-        assert all(loss.shape == batch.action.shape for loss in losses.values())
         return losses, z.detach(), known(forward).detach()
 
     @torch.no_grad()
@@ -944,7 +913,6 @@ class WorldModel(nn.Module):
             features.append(torch.cat([z, d], -1))
         d = torch.stack(ds, 1)  # (b, H, d_model)
         end = self.termination(d).squeeze(-1).float().sigmoid()
-        assert end.shape == (len(z), self.cfg.horizon)
         return Dream(torch.stack(features, 1), torch.stack(actions, 1),
                      self.two_hot.mean(self.reward(d)), end)
 
@@ -984,9 +952,7 @@ class Learner:
         with torch.autocast(parameters[0].device.type, enabled=False):  # backward needs none
             sum(weights[name] * mean for name, mean in means.items() if weights[name]).backward()
         if not all(weights.values()):
-            # Adam skips a gradient of None. A zero, which compiled code gives for what no loss
-            # trains yet, would enter its averages: the first true steps would be far too long
-            for p in parameters:
+            for p in parameters:  # Adam skips None; zeros, as compiled code gives, it would average
                 p.grad = p.grad if p.grad is not None and p.grad.any() else None
         means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip)
         means = dict(zip(means, torch.stack([m.detach().float() for m in means.values()]).tolist()))
@@ -1003,8 +969,8 @@ class Learner:
 
     def load_state_dict(self, saved: dict) -> None:
         """Go on from `state_dict`."""
-        self.optimiser.load_state_dict(saved["optimiser"])
-        self.schedule.load_state_dict(saved["schedule"])
+        for name in saved:
+            getattr(self, name).load_state_dict(saved[name])
 
 
 def growth(cfg: Config, updates: int) -> float:
@@ -1020,7 +986,7 @@ def update_world_model(model: WorldModel, learner: Learner, replay: Replay) -> d
     """One update on windows drawn by DFS -> metrics; the replay keeps their fresh latents."""
     cfg = model.cfg
     if cfg.mean_frame and not learner.updates:
-        model.decoder.start_at(replay.mean_frame())
+        model.decoder.start_at(replay.frame[:replay.size].sum(0) / (255 * replay.size))
     batch = replay.batch(replay.draw_sequences())
     model.train()
     losses, z, kl = model.loss(batch)
@@ -1042,8 +1008,7 @@ def update_world_model(model: WorldModel, learner: Learner, replay: Replay) -> d
 #     loss = -log pi(a_t) * (R_t - V_t) / scale - entropy weight * entropy
 #
 # V_t, the critic's expectation, is the baseline: it takes away luck that all actions share. The
-# difference is the advantage. The entropy is high while all actions are likely: it keeps the actor
-# trying.
+# rest is the advantage. The entropy is high while all actions are likely: the actor keeps trying.
 
 
 class ActorCritic(nn.Module):
@@ -1055,8 +1020,9 @@ class ActorCritic(nn.Module):
     def __init__(self, cfg: Config, num_actions: int):
         super().__init__()
         self.cfg = cfg
-        self.actor = mlp(cfg.d_feature, cfg.actor_units, cfg.hidden_layers, num_actions)
-        self.critic = mlp(cfg.d_feature, cfg.critic_units, cfg.hidden_layers, cfg.bins, zero=True)
+        d_in, hidden = cfg.d_z + cfg.d_model, cfg.hidden_layers
+        self.actor = mlp(d_in, cfg.actor_units, hidden, num_actions)
+        self.critic = mlp(d_in, cfg.critic_units, hidden, cfg.bins, zero=True)
         # not DQN's target network: the critic learns R, and besides not to run from its own past
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.two_hot = TwoHot(cfg.bins, cfg.bin_limit)
@@ -1082,7 +1048,6 @@ class ActorCritic(nn.Module):
             entropy=-entropy * alive,
             value=self.two_hot.loss(value_logits[:, :-1], R) * alive,
             slow_value=self.two_hot.loss(value_logits[:, :-1], slow_value) * alive)
-        assert all(loss.shape == dream.action.shape for loss in losses.values())
         return losses, dict(imagined_return=R.mean(), imagined_reward=dream.reward.mean(),
                             imagined_value=value.mean(), imagined_end=dream.end.mean(),
                             return_scale=self.scale, policy_entropy=entropy.mean())
@@ -1113,11 +1078,9 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
     if cfg.stored_latents:  # NOTE(10): as last encoded, not the context's frames encoded anew
         z = model.one_hot(replay.latent[rows])
     else:
-        # all of them at once, 8,192 in `paper`, leave a CPU's cache, and are slower
-        size = 32 if rows.device.type == "cpu" else len(rows)
-        with torch.no_grad():
+        with torch.no_grad():  # in parts, or 8,192 frames would leave a CPU's cache
             z = torch.cat([draw_one_hot(model.encode(replay.batch(part).frame)).flatten(-2)
-                           for part in rows.split(size)])
+                           for part in rows.split(32 if rows.device.type == "cpu" else len(rows))])
     dream = model.imagine(agent.actor, z, replay.action[rows], replay.first[rows])
     losses, metrics = agent.loss(dream)
     means = learner.step(losses, agent.weights)
@@ -1127,11 +1090,7 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
 
 
 class Player:
-    """Acts on the frame just seen, a_t ~ actor([z_t, d_{t-1}]), and carries the states on.
-
-    It remembers the whole episode, where training windows and dreams begin with an empty memory in
-    mid-episode. As measured that makes no difference.
-    """
+    """Acts on the frame just seen, a_t ~ actor([z_t, d_{t-1}]), and remembers the whole episode."""
 
     def __init__(self, cfg: Config, model: WorldModel, agent: ActorCritic, num_envs: int, device):
         self.model, self.agent = model, agent

@@ -155,7 +155,7 @@ TASKS = (
     # to the 5-95 percentile range of R. Metrics: imagined_return, imagined_reward,
     # imagined_value, imagined_end, return_scale, policy_entropy, each a mean.
     b, h = dream.action.shape
-    assert dream.feature.shape == (b, h + 1, self.cfg.d_feature)
+    assert dream.feature.shape == (b, h + 1, self.cfg.d_z + self.cfg.d_model)
     assert dream.reward.shape == dream.end.shape == (b, h)
 """)}),
     Task(11, "acting", 6, {
