@@ -129,4 +129,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except drama.Refusal as error:
+        drama.say(f"speed.py: {error}", sys.stderr)
+        sys.exit(2)

@@ -2,9 +2,11 @@
 
     python experiments/world_model.py --game Pong --minutes 10 --picture pong.png [drama.py's flags]
     python experiments/world_model.py --game Pong --updates 3000 [drama.py's flags]
+    python experiments/world_model.py --game Pong --updates 3000 --run runs/Pong-0 [its flags]
 
-Random play fills the replay with --warmup steps (default 5,000); nobody acts after that. Each
-minute, or each tenth of the updates, two lines on fresh play that was not trained on:
+Random play fills the replay with --warmup steps (default 5,000), or the run's frames do; nobody
+acts after that. Each minute, or each tenth of the updates, two lines on fresh play that was not
+trained on, random too or by the run's policy:
 - squared error a frame of the reconstruction, of the next frame (decoded from the prior, all frames
   up to now seen) and of a dream 8 steps on, beside that of the last real frame held still;
 - on Pong the ball: the share of its brightness over the background that is drawn where the real
@@ -58,6 +60,21 @@ def ball(real: torch.Tensor, drawn: torch.Tensor) -> float:
     background = real.median()
     where = real - background > 0.2
     return ((drawn - background)[where].sum() / (real - background)[where].sum()).item()
+
+
+def of_run(cfg, device, folder: Path) -> tuple[drama.Replay, drama.Replay]:
+    """A run's frames for a new world model, and fresh play of the run's policy."""
+    from diagnose import load  # it imports this module
+    theirs, model, agent, steps, saved = load(folder, True)
+    if (theirs.game, theirs.image_size) != (cfg.game, cfg.image_size):
+        raise drama.Refusal(f"{folder} holds {theirs.game} at {theirs.image_size} pixels, not "
+                            f"{cfg.game} at {cfg.image_size}")
+    replay = drama.Replay(dataclasses.replace(cfg, steps=steps), device)
+    for name in ("frame", "action", "reward", "terminated", "first"):
+        getattr(replay, name).copy_(getattr(saved, name))
+    replay.size = steps
+    player = drama.Player(theirs, model.to(device), agent.to(device), 1, device)
+    return replay, play(cfg, device, FRESH, cfg.seed + 1, player)
 
 
 def auc(score: np.ndarray, event: np.ndarray) -> float:
@@ -150,6 +167,7 @@ def main() -> None:
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--minutes", type=float, default=10)
     own.add_argument("--updates", type=int, default=0)
+    own.add_argument("--run", type=Path)
     own.add_argument("--picture", default="")
     own, rest = own.parse_known_args()
     drama.keep_freed_pages()
@@ -159,8 +177,11 @@ def main() -> None:
     drama.validate(cfg)
     torch.manual_seed(cfg.seed)
     device = drama.choose_device(cfg)
-    replay = play(cfg, device, cfg.warmup, cfg.seed)
-    fresh = play(cfg, device, FRESH, cfg.seed + 1)
+    if own.run:
+        replay, fresh = of_run(cfg, device, own.run)
+    else:
+        replay, fresh = play(cfg, device, cfg.warmup, cfg.seed), play(cfg, device, FRESH,
+                                                                      cfg.seed + 1)
     starts = torch.linspace(0, fresh.size - LENGTH, HELD_OUT).long()
     batch = fresh.batch((starts[:, None] + torch.arange(LENGTH)).to(device))
     num_actions = int(max(replay.action.max(), fresh.action.max())) + 1
@@ -207,14 +228,18 @@ def draw(films: dict, cfg, title: str, path: str) -> None:
     figure, axes = pyplot.subplots(len(names), len(moments), figsize=(18, 6.2),
                                    layout="constrained")
     for row, name in zip(axes, names):
-        row[0].set_ylabel(name)
+        row[0].set_ylabel(name, fontsize=16)
         for axis, (i, t) in zip(row, moments):
             axis.imshow(films[name][i, t].permute(1, 2, 0).cpu().clamp(0, 1))
             axis.set(xticks=[], yticks=[])
-    figure.suptitle(f"{cfg.game}, preset {cfg.preset}, world model alone on {cfg.warmup:,} random "
-                    f"steps: {title}; play not trained on")
+    figure.suptitle(f"{cfg.game}, preset {cfg.preset}, world model alone: {title}; "
+                    "play not trained on", fontsize=18)
     figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except drama.Refusal as error:
+        drama.say(f"world_model.py: {error}", sys.stderr)
+        sys.exit(2)
