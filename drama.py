@@ -49,13 +49,12 @@ import copy
 import csv
 import ctypes
 import dataclasses
-import difflib
-import errno
 import functools
 import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -1152,39 +1151,34 @@ def train(cfg: Config, run: Run) -> int:
     replay, player = Replay(cfg, device), Player(cfg, model, agent, 1, device)
     frame = run.start(at, env, model=model, agent=agent, model_learner=model_learner,
                       agent_learner=agent_learner, replay=replay, player=player)
-    try:
-        while at.step < cfg.steps and not run.interrupted:
-            # ACT
-            model.eval()
-            with run.autocast:
-                action, latent = player.act(torch.from_numpy(frame[:, 0]).to(device),
-                                            torch.tensor([at.first], device=device),
-                                            at_random=at.step < cfg.warmup)
-            action = action.cpu().numpy()
-            following, reward, terminated, truncated, info = env.step(action)
+    while at.step < cfg.steps and not run.interrupted:
+        # ACT
+        model.eval()
+        with run.autocast:
+            action, latent = player.act(torch.from_numpy(frame[:, 0]).to(device),
+                                        torch.tensor([at.first], device=device),
+                                        at_random=at.step < cfg.warmup)
+        action = action.cpu().numpy()
+        following, reward, terminated, truncated, info = env.step(action)
 
-            # STORE; after this `at.first` speaks of the next frame
-            replay.add(frame[0, 0], action[0], reward[0], terminated[0], at.first, latent[0])
-            at.add(float(reward[0]), over=bool(episode_over(terminated, truncated, info)[0]))
-            # after an end, a step that opens the next episode: not a transition
-            frame = env.step(action)[0] if at.first else following
+        # STORE; after this `at.first` speaks of the next frame
+        replay.add(frame[0, 0], action[0], reward[0], terminated[0], at.first, latent[0])
+        at.add(float(reward[0]), over=bool(episode_over(terminated, truncated, info)[0]))
+        # after an end, a step that opens the next episode: not a transition
+        frame = env.step(action)[0] if at.first else following
 
-            news = {}
-            if at.step >= cfg.warmup and at.step % cfg.train_every == 0:
-                # TRAIN WORLD MODEL
-                dreams_begin = growth(cfg, model_learner.updates) == 1
-                with run.autocast:  # on leaving, its casts of the weights go: the update has come
-                    news |= update_world_model(model, model_learner, replay)
-                # IMAGINE, TRAIN ACTOR-CRITIC
-                if dreams_begin:
-                    with run.autocast:
-                        news |= update_actor_critic(cfg, model, agent, agent_learner, replay)
-            # LOG, SAVE
-            run.log(at, news)
-            run.keep(at)
-        run.save(at)
-    finally:
-        run.close()
+        news = {}
+        if at.step >= cfg.warmup and at.step % cfg.train_every == 0:
+            # TRAIN WORLD MODEL
+            dreams_begin = growth(cfg, model_learner.updates) == 1
+            with run.autocast:  # on leaving, its casts of the weights go: the update has come
+                news |= update_world_model(model, model_learner, replay)
+            # IMAGINE, TRAIN ACTOR-CRITIC
+            if dreams_begin:
+                with run.autocast:
+                    news |= update_actor_critic(cfg, model, agent, agent_learner, replay)
+        # LOG, SAVE
+        run.log(at, news)
     return run.end(at)
 
 
@@ -1195,274 +1189,153 @@ def train(cfg: Config, run: Run) -> int:
 # ---- 10 The run folder --------------------------------------------------------------------------
 
 VERSION = 2  # of the checkpoint. A setting added later must default to what was done before it
-ANYTIME = {"steps", "device", "out", "eval", "eval_envs", "checkpoint", "compile", "save_every",
-           "draw_every"}
-METRICS = (
-    "reconstruction reward termination dynamics representation gradient_norm kl batch_reward "
-    "policy entropy value slow_value actor_gradient_norm imagined_return imagined_reward "
-    "imagined_value imagined_end return_scale policy_entropy").split()
-WARNED: set[str] = set()
+ANYTIME = set("steps device out eval eval_envs checkpoint compile save_every draw_every".split())
+EPISODES = "step seconds episode return length human_normalised".split()
+METRICS = ("reconstruction reward termination dynamics representation gradient_norm kl "
+           "batch_reward policy entropy value slow_value actor_gradient_norm imagined_return "
+           "imagined_reward imagined_value imagined_end return_scale policy_entropy").split()
 
 
 class Refusal(Exception):
     """What the user has to mend: one line on stderr, then exit code 2."""
 
 
-def say(text: str, stream=None) -> None:
-    """Print a line; a terminal that was closed, or lacks a letter, does not end the run."""
-    with contextlib.suppress(OSError, ValueError):
-        try:
-            print(text, file=stream, flush=True)
-        except UnicodeEncodeError:
-            print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
+def refuse(message: str) -> None:
+    """Raise Refusal; for argparse."""
+    raise Refusal(f"{message}; see --help")
+
+
+@contextlib.contextmanager
+def or_refuse(what: str, way_out: str):
+    """Refusal in place of whatever goes wrong inside: a broken file can raise nearly anything."""
+    try:
+        yield
+    except Exception as error:
+        raise Refusal(f"{what} ({error!r:.90}); {way_out}") from None
 
 
 @contextlib.contextmanager
 def unless_it_fails(what: str):
-    """What is for looking at never ends a run: it is missed, with one warning."""
+    """What is for looking at never ends a run: it is missed, with a warning."""
     try:
         yield
     except Exception as error:
-        if what not in WARNED:
-            WARNED.add(what)
-            why = (str(error).splitlines() or [""])[0][:80]
-            say(f"{what} failed ({type(error).__name__}: {why}); the run goes on", sys.stderr)
+        say(f"{what} failed ({error!r:.90}); the run goes on", sys.stderr)
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether Python, CUDA or PyTorch's CPU allocator says that memory ran out."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "allocate memory"))
+def say(text: str, stream=None) -> None:
+    """Print a line; a terminal that was closed, or lacks a letter, does not end the run."""
+    letters = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
+    with contextlib.suppress(OSError, ValueError):
+        print(text.encode(letters, "backslashreplace").decode(letters), file=stream, flush=True)
 
 
-def flush(file) -> None:
-    """Bring a file down to the disk, where its file system can do that."""
-    file.flush()
-    try:
-        os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-
-
-def cut(path: Path, step: int) -> None:
-    """Cut a CSV file back to its whole rows up to `step`: none comes twice."""
+def begin_table(path: Path, columns: list[str], step: int) -> None:
+    """Cut a table back to its whole rows up to `step`, so that none comes twice."""
     with unless_it_fails(path.name):
-        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-        path.write_text("".join(lines[:1] + [
-            line for line in lines[1:] if line.endswith("\n")
-            and line.count(",") == lines[0].count(",") and int(line.split(",")[0]) <= step]))
+        rows = path.read_text().splitlines(keepends=True)[1:] if step and path.exists() else []
+        path.write_text(",".join(columns) + "\n" + "".join(
+            row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step))
 
 
-def append(path: Path, values: dict) -> None:
-    """Append a row, floats to six digits; the first row brings the header."""
-    with unless_it_fails(path.name), open(path, "a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if not file.tell():
-            writer.writerow(values)
-        writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in values.values())
+def append(path: Path, *values) -> None:
+    """Append a row, floats to six digits."""
+    with unless_it_fails(path.name), open(path, "a") as file:
+        print(*(f"{v:.6g}" if isinstance(v, float) else v for v in values), sep=",", file=file)
 
 
-def alike(ours, theirs) -> bool:
-    """Whether a part of a checkpoint has the keys, types and shapes of ours, where not empty."""
-    if isinstance(ours, dict):
-        return isinstance(theirs, dict) and all(
-            key in theirs and alike(value, theirs[key]) for key, value in ours.items())
-    if isinstance(ours, (list, tuple)):
-        return type(ours) is type(theirs) and (
-            not ours or len(ours) == len(theirs) and all(map(alike, ours, theirs)))
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        return (ours.is_floating_point() == theirs.is_floating_point()
-                and (not ours.numel() or ours.shape == theirs.shape))
-    return isinstance(theirs, (int, float) if type(ours) is float else type(ours))
+def load_checkpoint(path: Path, device: torch.device, settings: dict) -> dict:
+    """A run's checkpoint, or a file of weights alone; Refusal where it has other settings."""
+    with or_refuse(f"{path}: no whole checkpoint", "train first, or use another --out"):
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
+        # weights_only: a file from a stranger must not run code
+        saved = torch.load(path, map_location=device, weights_only=True)
+        made, _ = vars(validate(Config(**saved["config"]))), int(saved["at"]["step"])
+    differ = [f"{name} (was {made[name]}, now {value})" for name, value in settings.items()
+              if name not in ANYTIME and made[name] != value]
+    if differ:
+        raise Refusal(f"{path} has other settings: {', '.join(differ[:4])}; use another --out or "
+                      "--seed, or the old values")
+    return saved
 
 
-def progress_bar(total: int, done: int, unit: str) -> tqdm:
-    """A bar on stderr, where there is one: twice a second on a terminal, else twice a minute."""
-    try:
-        return tqdm(total=total, initial=done, unit=unit, smoothing=0.05, dynamic_ncols=True,
-                    delay=0.1, mininterval=0.5 if sys.stderr.isatty() else 30)
-    except (AttributeError, ValueError):  # it is None or closed
-        return tqdm(disable=True)
-
-
-class Run:
-    """The run folder: lock, frames, checkpoint, tables, pictures, and config.json to read."""
+class Run(contextlib.ExitStack):
+    """The run folder; when its `with` ends, its lock, the signals and the bar are given back."""
 
     def __init__(self, cfg: Config):
+        super().__init__()
         self.cfg, self.dir = cfg, Path(cfg.out or f"runs/{cfg.game}-{cfg.seed}")
         self.frames, self.checkpoint = self.dir / "frames.bin", self.dir / "checkpoint.pt"
-        self.metrics, self.episodes = self.dir / "metrics.csv", self.dir / "episodes.csv"
-        self.interrupted = 0
-
-    def lock(self):
-        """Make the folder and take its lock, which the system frees when the process dies."""
-        self.dir.mkdir(parents=True, exist_ok=True)
-        handle = open(self.dir / "lock", "a+")
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (ImportError, OSError) as error:
-            if getattr(error, "errno", 0) in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                handle.close()
-                raise Refusal(f"{self.dir} is in use by another process; use another --out"
-                              ) from None
-            say(f"{self.dir} has no locks ({error}); start no second run in it", sys.stderr)
-        return handle
+        self.saved, self.interrupted = None, 0
 
     def open(self) -> bool:
-        """Choose the device and read the checkpoint, if any -> whether there are steps to do."""
-        cfg, step, frame = self.cfg, 0, 3 * self.cfg.image_size**2
-        self.device, self.saved = choose_device(cfg), None
+        """Lock the folder and read the checkpoint, if any -> whether there are steps to do."""
+        cfg, step = self.cfg, 0
+        self.dir.mkdir(parents=True, exist_ok=True)
+        file = self.enter_context(open(self.dir / "lock", "a+"))
+        try:  # the system frees it when the process dies
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise Refusal(f"{self.dir} is in use by another process; use another --out") from None
+        except OSError as error:
+            say(f"{self.dir} has no locks ({error}); start no second run in it", sys.stderr)
+        self.device, self.precision = choose_device(cfg)
         if self.checkpoint.exists():
-            self.saved = load_checkpoint(self.checkpoint, self.device)
-            check_settings(self.checkpoint, self.saved, dataclasses.asdict(cfg))
+            self.saved = load_checkpoint(self.checkpoint, self.device, vars(cfg))
             step = self.saved["at"]["step"]
-        have = self.frames.stat().st_size if self.frames.exists() else 0
-        need, free = cfg.steps * frame - have, math.inf
-        with contextlib.suppress(OSError):  # a file system may not know
-            free = shutil.disk_usage(self.dir).free
-        if have < step * frame:
-            raise Refusal(f"{self.frames} is too short for {step:,} steps; use another --out")
-        if need > free:
-            raise Refusal(f"{self.dir}: {cfg.steps:,} steps need {need / 1e9:.2f} GB of disk and "
-                          f"{free / 1e9:.2f} GB are free; make room, or lower --steps")
+        need = 3 * cfg.image_size**2 * (cfg.steps - step) / 1e9
+        if need > shutil.disk_usage(self.dir).free / 1e9:
+            raise Refusal(f"{self.dir}: {cfg.steps:,} steps need {need:.2f} GB more of disk")
         if step >= cfg.steps:
             say(f"{self.dir} is finished at step {step:,}; to go on, give a larger --steps")
         return step < cfg.steps
 
     def start(self, at: Progress, env: VectorEnv, **parts) -> np.ndarray:
-        """Go on from the checkpoint, if any, and open all that shows the run -> the first frame.
+        """Go on from the checkpoint, if any -> the first frame.
 
         parts: all that a checkpoint keeps, by name, each with state_dict and load_state_dict.
         """
-        cfg, self.parts, self.kept, self.pending = self.cfg, parts, 0, {}
-        self.precision, self.last = choose_precision(cfg, self.device), None
-        if hasattr(env, "state_dict"):  # Atari has none: a resume opens a new episode
-            self.parts["env"] = env
+        cfg, self.parts, self.kept, self.pending, self.shown = self.cfg, parts, 0, {}, {}
+        self.frames.touch()
+        # the modules that keep a random generator; the environment has its own
+        self.random = [torch] + [torch.cuda] * (self.device.type == "cuda")
         frame = env.reset(seed=cfg.seed + (self.saved["at"]["step"] if self.saved else 0))[0]
+        if hasattr(env, "state_dict"):  # Atari has none: a resume opens a new episode
+            parts["env"] = env
         if self.saved:
-            try:
-                self.restore(at)
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                if out_of_memory(error):
-                    raise
-                raise Refusal(f"{self.checkpoint} does not fit ({str(error).splitlines()[0][:80]});"
-                              " put the right one back or use another --out") from None
+            self.restore(at)
             frame, at.first = (env.frames(), at.first) if "env" in parts else (frame, True)
-        self.saved = None
         with unless_it_fails("config.json"):
-            (self.dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-        cut(self.metrics, at.step)
-        cut(self.episodes, at.step)
-        introduce(self, at, compile_parts(cfg, parts["model"], parts["agent"], self.device))
+            (self.dir / "config.json").write_text(json.dumps(vars(cfg), indent=1))
+        begin_table(self.dir / "metrics.csv", ["step", "seconds", "updates", *METRICS], at.step)
+        begin_table(self.dir / "episodes.csv", EPISODES, at.step)
+        scan = compile_parts(cfg, parts["model"], parts["agent"], self.device)
+        size = sum(p.numel() for name in ("model", "agent") for p in parts[name].parameters())
+        say(f"{cfg.game}: preset {cfg.preset} (others: --preset paper, laptop), {size:,} weights, "
+            f"{self.device}, {self.precision}, scan {scan}, {torch.get_num_threads()} threads\n"
+            f"run folder {self.dir}: from step {at.step:,} to {cfg.steps:,}; learning starts at "
+            f"step {cfg.warmup:,}, from then on the bar knows the time to go"
+            + "\nnothing will be learnt: raise --steps" * (cfg.warmup > cfg.steps))
         self.autocast = torch.autocast(self.device.type, torch.bfloat16,
-                                       enabled=self.precision == "bfloat16")
-        self.begun = time.perf_counter() - at.seconds
+                                       self.precision == "bfloat16")
         self.stored = self.drawn = time.perf_counter()
-        self.bar = progress_bar(cfg.steps, at.step, "step")
-        self.handlers = {}
+        self.begun = self.stored - at.seconds
+        with unless_it_fails("the bar"):
+            self.bar = tqdm(total=cfg.steps, initial=at.step, unit="step", dynamic_ncols=True,
+                            mininterval=2, smoothing=0.05)
+            self.callback(unless_it_fails("the bar")(self.bar.close))
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             with contextlib.suppress(AttributeError, ValueError):  # none there, or not in a thread
                 number = getattr(signal, name)
-                if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
-                    self.handlers[number] = signal.signal(number, self.interrupt)
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as nohup ignores one
+                    self.callback(signal.signal, number, signal.signal(number, self.interrupt))
         return frame
-
-    def restore(self, at: Progress) -> None:
-        """Put everything back as it was at the checkpoint."""
-        saved, replay = self.saved, self.parts["replay"]
-        ours = {**self.state(at), "config": {}, "generators": []}
-        wrong = [name for name in ours if not alike(ours[name], saved.get(name))]
-        for name, part in self.parts.items() if not wrong else ():
-            part.load_state_dict(saved[name])
-            if isinstance(part, Learner) and not all(
-                    alike(dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p), moments)
-                    for p, moments in part.optimiser.state.items()):
-                wrong.append(name)
-        if wrong or any(len(x) != saved["at"]["step"] for x in saved["replay"].values()):
-            raise ValueError(f"made otherwise: {' '.join(wrong or ['replay'])}")
-        vars(at).update(saved["at"])
-        if saved["device"] == self.device.type:  # a resume elsewhere chooses anew
-            self.precision = saved["precision"]
-            for generator, state in zip(generators(self.device), saved["generators"], strict=True):
-                generator.set_rng_state(state.cpu())
-        with open(self.frames, "rb") as file:
-            for rows in replay.frame[:replay.size].split(1000):
-                rows.copy_(torch.frombuffer(bytearray(file.read(rows.numel())),
-                                            dtype=torch.uint8).view(rows.shape))
-        self.kept = replay.size
-        self.pending = {name: list(map(float, found)) for name, found in saved["pending"].items()}
-
-    def state(self, at: Progress) -> dict:
-        """What a checkpoint holds: all that the next step depends on but the frames."""
-        return {"version": VERSION, "config": dataclasses.asdict(self.cfg), "at": vars(at),
-                "device": self.device.type, "precision": self.precision, "pending": self.pending,
-                "generators": [g.get_rng_state() for g in generators(self.device)],
-                **{name: part.state_dict() for name, part in self.parts.items()}}
-
-    def save(self, at: Progress) -> None:
-        """Append the frames, then write the checkpoint aside, flush and rename it: never torn."""
-        replay, buffer, fresh = self.parts["replay"], io.BytesIO(), self.dir / "checkpoint.new"
-        with open(self.frames, "r+b" if self.kept else "wb") as file:
-            file.seek(self.kept * replay.frame[0].numel())
-            for rows in replay.frame[self.kept:replay.size].split(1000):
-                file.write(rows.cpu().numpy())
-            flush(file)
-        self.kept, at.seconds = replay.size, time.perf_counter() - self.begun
-        torch.save(self.state(at), buffer)
-        with open(fresh, "wb") as file:
-            file.write(buffer.getbuffer())
-            flush(file)
-        for wait in (0.1, 0.3, 1, 3, 0):  # a virus scanner may hold the old file for a moment
-            try:
-                return os.replace(fresh, self.checkpoint)
-            except PermissionError:
-                if not wait:
-                    raise
-                time.sleep(wait)
-
-    def log(self, at: Progress, news: dict) -> None:
-        """A row for an episode that has ended, a row of metrics every log_every steps, the bar."""
-        cfg, seconds = self.cfg, time.perf_counter() - self.begun
-        for name, value in news.items():
-            self.pending.setdefault(name, []).append(value)
-        if at.first:
-            self.last = at.total
-            append(self.episodes, {
-                "step": at.step, "seconds": seconds, "episode": at.episode, "return": at.total,
-                "length": at.length, "human_normalised": human_normalised(cfg.game, at.total)})
-        if at.step % cfg.log_every == 0 and self.pending:
-            means = {name: float(np.mean(self.pending.get(name, np.nan))) for name in METRICS}
-            append(self.metrics, dict(step=at.step, seconds=seconds,
-                                      updates=self.parts["model_learner"].updates, **means))
-            shown = {"return": self.last, "dreamt": means["imagined_return"],
-                     "reconstruction": means["reconstruction"], "kl": means["kl"]}
-            self.bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in
-                                               shown.items() if value == value is not None), False)
-            self.pending = {}
-        with unless_it_fails("the bar"):
-            self.bar.update()
-
-    def keep(self, at: Progress) -> None:
-        """Checkpoint and pictures, when it is time."""
-        if time.perf_counter() - self.stored > self.cfg.save_every:
-            self.save(at)
-            self.stored = time.perf_counter()
-        if time.perf_counter() - self.drawn > self.cfg.draw_every:
-            self.draw()
-            self.drawn = time.perf_counter()
-
-    def draw(self) -> None:
-        """Both pictures."""
-        with unless_it_fails("curves.png"):
-            draw_curves(self.dir, self.cfg.game)
-        with unless_it_fails("dream.gif"):
-            draw_dreams(self.dir, self.cfg, self.parts["model"], self.parts["replay"])
 
     def interrupt(self, number, _) -> None:
         """Ctrl-C and its like: the first lets the step in hand end, the second leaves at once."""
@@ -1470,16 +1343,80 @@ class Run:
             os._exit(128 + number)
         self.interrupted = number
 
-    def close(self) -> None:
-        """Give back the bar and the signals."""
+    def restore(self, at: Progress) -> None:
+        """Put everything back as it was at the checkpoint."""
+        saved, self.saved, frame = self.saved, None, self.parts["replay"].frame
+        with or_refuse(f"{self.checkpoint} does not fit", "use another --out"):
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            vars(at).update(saved["at"])
+            self.pending = {name: [*map(float, found)] for name, found in saved["pending"].items()}
+            if saved["device"] == self.device.type:  # a resume elsewhere chooses anew
+                self.precision = saved["precision"]
+                for module, state in zip(self.random, saved["generators"], strict=True):
+                    module.set_rng_state(state.cpu())
+            data = np.fromfile(self.frames, np.uint8, frame[:at.step].numel())
+            frame[:at.step] = torch.from_numpy(data).view(-1, *frame.shape[1:])
+        self.kept = at.step
+
+    def save(self, at: Progress) -> None:
+        """Append the frames, then write the checkpoint aside, flush and rename it: never torn."""
+        frame, buffer, aside = self.parts["replay"].frame, io.BytesIO(), self.dir / "checkpoint.new"
+        self.stored = time.perf_counter()
+        at.seconds = self.stored - self.begun
+        torch.save({"version": VERSION, "config": dict(vars(self.cfg)), "at": vars(at),
+                    "device": self.device.type, "precision": self.precision,
+                    "pending": self.pending, "generators": [m.get_rng_state() for m in self.random],
+                    **{name: part.state_dict() for name, part in self.parts.items()}}, buffer)
+        os.truncate(self.frames, self.kept * frame[0].numel())  # what came after the last one
+        for path, mode, data in ((self.frames, "ab", frame[self.kept:at.step].cpu().numpy()),
+                                 (aside, "wb", buffer.getbuffer())):
+            with open(path, mode) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        self.kept = at.step
+        with contextlib.suppress(PermissionError):
+            return os.replace(aside, self.checkpoint)
+        time.sleep(2)  # on Windows a virus scanner may hold the old file for a moment
+        os.replace(aside, self.checkpoint)
+
+    def log(self, at: Progress, news: dict) -> None:
+        """Rows for the tables, a step for the bar; checkpoint and pictures when it is time."""
+        cfg, now, learner = self.cfg, time.perf_counter(), self.parts["model_learner"]
+        seconds = now - self.begun
+        for name, value in news.items():
+            self.pending.setdefault(name, []).append(value)
+        if at.first:
+            self.shown["return"] = at.total
+            append(self.dir / "episodes.csv", at.step, seconds, at.episode, at.total, at.length,
+                   human_normalised(cfg.game, at.total))
+        if at.step % cfg.log_every == 0 and self.pending:
+            means = {name: float(np.mean(self.pending.get(name, math.nan))) for name in METRICS}
+            append(self.dir / "metrics.csv", at.step, seconds, learner.updates, *means.values())
+            self.shown.update(reconstruction=means["reconstruction"], kl=means["kl"])
+            self.pending = {}
         with unless_it_fails("the bar"):
-            self.bar.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python
+            self.bar.set_postfix(self.shown, refresh=False)
+            self.bar.update()
+        if now - self.stored > cfg.save_every:
+            self.save(at)
+        if now - self.drawn > cfg.draw_every:
+            self.draw()
+
+    def draw(self) -> None:
+        """All pictures."""
+        with unless_it_fails("curves.png"):
+            draw_curves(self.dir, self.cfg.game)
+        with unless_it_fails("dream.gif"):
+            draw_dreams(self.dir, self.cfg, self.parts["model"], self.parts["replay"])
+        self.drawn = time.perf_counter()
 
     def end(self, at: Progress) -> int:
-        """Pictures and a last word -> exit code."""
+        """The last checkpoint, pictures and word -> exit code."""
+        self.save(at)
         self.draw()
+        self.close()
         if at.step < self.cfg.steps:
             say(f"stopped at step {at.step:,}; the same command goes on", sys.stderr)
             return 128 + self.interrupted
@@ -1487,256 +1424,157 @@ class Run:
         return 0
 
 
-def generators(device: torch.device) -> list:
-    """The modules that keep a random generator; the environment has its own, nothing uses more."""
-    return [torch] if device.type == "cpu" else [torch, getattr(torch, device.type)]
-
-
-def load_checkpoint(path: Path, device: torch.device) -> dict:
-    """A run's checkpoint, or a file of weights alone; Refusal where it cannot be read."""
-    if not path.exists():
-        raise Refusal(f"no checkpoint at {path}; train first, without --eval")
-    try:  # weights_only: a file from a stranger must not run code
-        if zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")
-        saved = torch.load(path, map_location=device, weights_only=True)
-        known = dataclasses.asdict(Config())
-        if not (alike(dict(config={"game": ""}, at={"step": 0}, model={}, agent={}), saved)
-                and alike(known, {**known, **saved["config"]})):
-            raise ValueError("a part is missing or of another type")
-        return saved
-    except Exception as error:  # a broken file can raise nearly anything
-        if out_of_memory(error):
-            raise  # the file may well be whole
-        raise Refusal(f"{path} is broken ({type(error).__name__}); put a whole one there, or use "
-                      "another --out") from None
-
-
-def check_settings(path: Path, saved: dict, ours: dict) -> None:
-    """Refusal where the checkpoint was made with other settings than `ours`."""
-    theirs = {**dataclasses.asdict(Config()), **saved["config"]}
-    differ = [f"{name} (was {theirs[name]}, now {value})" for name, value in ours.items()
-              if name not in ANYTIME and theirs[name] != value]
-    differ += [f"{name} (of version {saved.get('version', 1)}, unknown to version {VERSION})"
-               for name in theirs.keys() - Config.__dataclass_fields__.keys()]
-    if differ:
-        more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
-        raise Refusal(f"{path} has other settings: {', '.join(differ[:4])}{more}; use another "
-                      "--out or --seed, or the old values")
-
-
-def introduce(run: Run, at: Progress, scan: str) -> None:
-    """Say what is about to happen."""
-    cfg, agent = run.cfg, run.parts["agent"]
-    parts = {"world model": run.parts["model"], "actor": agent.actor, "critic": agent.critic}
-    say(f"Drama on {cfg.game}: preset {cfg.preset} (others: --preset paper, laptop), seed "
-        f"{cfg.seed}, {run.device}, {run.precision}, scan {scan}, {torch.get_num_threads()} threads"
-        "\nparameters: " + ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}"
-                                     for name, part in parts.items())
-        + f"\nrun folder {run.dir}: " + (f"going on from step {at.step:,}" if at.step else "new")
-        + f" to {cfg.steps:,}, {3 * cfg.image_size**2 * cfg.steps / 1e9:.2f} GB of frames; "
-        f"learning starts at step {cfg.warmup:,}; from then on the bar knows the time to go"
-        + ("\nnothing will be learnt: raise --steps" if cfg.warmup > cfg.steps else "")
-        + (f"\nbest possible return: {GridWorld.BEST}" if cfg.game == "GridWorld" else ""))
-
-
 # ---- 11 Pictures --------------------------------------------------------------------------------
 
 
 def draw_curves(folder: Path, game: str):
     """curves.png, from the two tables -> the figure."""
-    import matplotlib
+    import matplotlib.style
     from matplotlib.figure import Figure  # no pyplot: it would ask for a screen
-    tables = []
-    for name in ("episodes.csv", "metrics.csv"):
-        with open(folder / name) as file:
-            rows = list(csv.DictReader(file))
-        tables.append({k: [float(row[k]) for row in rows] for k in rows[0]} if rows else None)
+    episodes, metrics = (list(csv.DictReader((folder / name).read_text().splitlines()))
+                         for name in ("episodes.csv", "metrics.csv"))
     panels = ("return", "reconstruction", "kl dynamics", "reward termination", "policy_entropy",
               "imagined_return imagined_value", "imagined_reward batch_reward", "value slow_value")
-    best = {"best possible": GridWorld.BEST} if game == "GridWorld" else {}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the same picture whatever the user's settings
+    with matplotlib.style.context("default"):  # the same picture whatever the user's settings
         figure = Figure(figsize=(16, 7), layout="tight")
         for axis, names in zip(figure.subplots(2, 4).flat, panels):
-            table = tables[names != "return"]
-            for name in names.split() if table else ():
-                axis.plot(table["step"], table[name], ".-" if name == "return" else "-", label=name)
-            if names == "return":
-                for i, (name, level) in enumerate(SCORES.get(game, best).items()):
+            rows = episodes if names == "return" else metrics
+            for name in names.split():
+                values = [float(row[name]) for row in rows]
+                axis.plot([float(row["step"]) for row in rows], values, ".-", ms=2, label=name)
+            for i, (name, level) in enumerate(LEVELS.get(game, {}).items()):
+                if names == "return":
                     axis.axhline(level, ls="--", lw=1, color=f"C{i + 1}", label=name)
             axis.set(title=f"{game}: {names.replace(' ', ', ')}", xlabel="environment steps")
-            if axis.lines:
-                axis.legend(fontsize="small")
-        figure.savefig(folder / "curves.tmp.png", dpi=80)
-    os.replace(folder / "curves.tmp.png", folder / "curves.png")
+            axis.legend(fontsize="small")
+        figure.savefig(folder / "curves.png", dpi=80)
     return figure
 
 
 @torch.no_grad()
-def dream_along(model: WorldModel, batch: Batch, context: int) -> tuple[Tensor, Tensor]:
-    """Reconstruction and open-loop dream (b, l, 3, H, W) of records, for the same actions.
-
-    Open-loop: after `context` frames its latents are drawn from the prior alone.
-    """
-    z = draw_one_hot(model.encode(batch.frame)).flatten(-2)
-    d, states = model.sequence(z[:, :context], batch.action[:, :context], None,
-                               batch.first[:, :context])
-    dreamt, d = [z[:, i] for i in range(context)], d[:, -1]
-    for action in batch.action[:, context:].unbind(1):
-        dreamt.append(draw_one_hot(model.log_prior(d)).flatten(-2))
-        d, states = model.sequence.step(dreamt[-1], action, states)
-    return model.decode(z), model.decode(torch.stack(dreamt, 1))
-
-
 def draw_dreams(folder: Path, cfg: Config, model: WorldModel, replay: Replay) -> None:
-    """dream.gif and dream.png: real frames, reconstruction, open-loop dream, the same actions."""
-    length, windows, shown = cfg.context + cfg.picture_steps, 2, 12
+    """dream.gif and 12 of its frames, dream.png: real frames, reconstruction, open-loop dream.
+
+    Open-loop: after the context its latents are drawn from the prior alone, for the same actions.
+    """
+    from PIL import Image
+    context, length, device = cfg.context, cfg.context + cfg.picture_steps, replay.device
     if replay.size < length:
         return
-    # where it can be had, a window in which no episode opens
-    opened = F.pad(replay.first[:replay.size].cumsum(0), (1, 0))
-    inside = opened[length:] - opened[1:replay.size - length + 2]
-    calm = (inside == inside.min()).nonzero()  # (n, 1)
-    with torch.random.fork_rng([] if replay.device.type == "cpu" else [replay.device],
-                               device_type=replay.device.type):
-        rows = calm[torch.randint(len(calm), (windows,))]
-        batch = replay.batch(rows + torch.arange(length, device=replay.device))
-        model.eval()
-        film = [batch.frame, *((255 * x.permute(0, 1, 3, 4, 2)).byte()
-                               for x in dream_along(model, batch, cfg.context))]
-    film = torch.stack(film, 1).cpu().numpy()  # (windows, 3, l, H, W, 3)
-    names, title = ("real", "reconstruction", "dream"), f"{cfg.game}, step {replay.size:,}"
-    ahead = [f"+{t - cfg.context + 1}" if t >= cfg.context else "seen" for t in range(length)]
-    gif = [sheet(film[:, :, t], [""] * windows, names, f"{title}: {ahead[t]}")
-           for t in range(length)]
-    gif[0].save(folder / "dream.gif", save_all=True, append_images=gif[1:], duration=120, loop=0)
-    times = np.linspace(0, length - 1, shown).astype(int)
-    sheet(film[:, :, times].reshape(-1, shown, *film.shape[3:]), names * windows,
-          [ahead[t] for t in times], f"{title}: {cfg.context} frames seen, then steps dreamt"
-          ).save(folder / "dream.png")
+    model.eval()
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        starts = torch.randint(replay.size - length + 1, (100, 1), device=device)
+        rows = starts + torch.arange(length, device=device)
+        calm = replay.first[rows[:, 1:]].sum(1).argmin()  # if possible, where no episode opens
+        batch = replay.batch(rows[calm, None])
+        z = draw_one_hot(model.encode(batch.frame)).flatten(-2)
+        d, states = model.sequence(z[:, :context], batch.action[:, :context], None,
+                                   batch.first[:, :context])
+        dreamt, d = [*z[:, :context].unbind(1)], d[:, -1]
+        for action in batch.action[:, context:].unbind(1):
+            dreamt.append(draw_one_hot(model.log_prior(d)).flatten(-2))
+            d, states = model.sequence.step(dreamt[-1], action, states)
+    drawn = [model.decode(latents)[0].movedim(1, -1) for latents in (z, torch.stack(dreamt, 1))]
+    film = torch.stack([batch.frame[0], *((255 * x).byte() for x in drawn)], 1)  # (l, 3, H, W, 3)
+    when = ["seen"] * context + [f"dreamt +{k + 1}" for k in range(cfg.picture_steps)]
+    shots = [sheet(pictures, ("real", "reconstruction", "dream"),
+                   f"{cfg.game}, step {replay.size:,}: {t}")
+             for pictures, t in zip(film.cpu().numpy(), when)]
+    shots[0].save(folder / "dream.gif", save_all=True, append_images=shots[1:], duration=120,
+                  loop=0)
+    few = [np.asarray(shots[t]) for t in np.linspace(0, length - 1, 12).astype(int)]
+    rows = [np.hstack(few[i:i + 4]) for i in (0, 4, 8)]
+    Image.fromarray(np.vstack(rows)).save(folder / "dream.png")
 
 
-def sheet(grid: np.ndarray, rows, columns, title: str):
-    """A picture of frames (rows, columns, H, W, 3) with a label for each row and column."""
+def sheet(pictures: np.ndarray, names, title: str):
+    """Pictures (n, H, W, 3) side by side, each under its name, and a title -> a PIL image."""
     from PIL import Image, ImageDraw, ImageFont
-    (r, c, h, w, _), side, font = grid.shape, 128, ImageFont.load_default(18)
-    left, top = 140 * any(rows), 56
-    frames = Image.fromarray(grid.swapaxes(1, 2).reshape(r * h, c * w, 3))
-    image = Image.new("RGB", (left + c * side, top + r * side))
-    image.paste(frames.resize((c * side, r * side), Image.Resampling.NEAREST), (left, top))
+    (n, h, w, _), side, top, font = pictures.shape, 128, 44, ImageFont.load_default(16)
+    row = Image.fromarray(pictures.swapaxes(0, 1).reshape(h, n * w, 3))
+    image = Image.new("RGB", (n * side, top + side))
+    image.paste(row.resize((n * side, side), Image.Resampling.NEAREST), (0, top))
     draw = ImageDraw.Draw(image)
     draw.text((4, 2), title, "white", font)
-    for i, name in enumerate(columns):
-        draw.text((left + i * side + 4, 30), name, "white", font)
-    for i, name in enumerate(rows):
-        draw.text((4, top + i * side + side // 2 - 10), name, "white", font)
+    for i, name in enumerate(names):
+        draw.text((i * side + 4, 22), name, "white", font)
     return image
 
 
 # ---- 12 Command line ----------------------------------------------------------------------------
 
-# Atari 100k, mean scores as published in [6], [1] (DramaXS), [4] and [5].
-COLUMNS = ("random", "human", "Drama", "DreamerV3", "STORM")
-SCORES = {game: dict(zip(COLUMNS, map(float, scores))) for game, *scores in map(str.split, """
-    Alien 227.8 7127.7 820 978.4 983.6 | Amidar 5.8 1719.5 131 94.3 204.8
-    Assault 222.4 742 539 629.8 801 | Asterix 210 8503.3 1632 955.3 1028
-    BankHeist 14.2 753.1 137 320.5 641.2 | BattleZone 2360 37187.5 10860 18335.7 13540
-    Boxing 0.1 12.1 78 79.4 79.7 | Breakout 1.7 30.5 7 9 15.9
-    ChopperCommand 811 7387.8 1642 1639 1888 | CrazyClimber 10780.5 35829.4 83931 76583.3 66776
-    DemonAttack 152.1 1971 201 369.2 164.6 | Freeway 0 29.6 15 0 0
-    Frostbite 65.2 4334.7 785 3036.4 1316 | Gopher 257.6 2412.5 2757 2321.6 8239.6
-    Hero 1027 30826.4 7946 13344.3 11044.3 | Jamesbond 29 302.8 372 524.2 509
-    Kangaroo 52 3035 1384 2996.1 4208 | Krull 1598 2665.5 9693 7683.5 8412.6
-    KungFuMaster 258.5 22736.3 23920 23301.7 26182 | MsPacman 307.3 6951.6 2270 1525.8 2673.5
-    Pong -20.7 14.6 15 -4.2 11.3 | PrivateEye 24.9 69571.3 90 3086.7 7781
-    Qbert 163.9 13455 796 2066.1 4522.5 | RoadRunner 11.5 7845 14020 18196.9 17564
-    Seaquest 68.4 42054.7 497 815.5 525.2 | UpNDown 533.4 11693.2 7387 43777.6 7985
-    """.strip().replace("|", "\n").splitlines())}
+# Atari 100k, mean scores: random play and human as published in [6], Drama in [1].
+SCORES = {game: dict(zip(("random", "human", "Drama"), map(float, scores)))
+          for game, *scores in map(str.split, """
+    Alien 227.8 7127.7 820 | Amidar 5.8 1719.5 131 | Assault 222.4 742 539
+    Asterix 210 8503.3 1632 | BankHeist 14.2 753.1 137 | BattleZone 2360 37187.5 10860
+    Boxing 0.1 12.1 78 | Breakout 1.7 30.5 7 | ChopperCommand 811 7387.8 1642
+    CrazyClimber 10780.5 35829.4 83931 | DemonAttack 152.1 1971 201 | Freeway 0 29.6 15
+    Frostbite 65.2 4334.7 785 | Gopher 257.6 2412.5 2757 | Hero 1027 30826.4 7946
+    Jamesbond 29 302.8 372 | Kangaroo 52 3035 1384 | Krull 1598 2665.5 9693
+    KungFuMaster 258.5 22736.3 23920 | MsPacman 307.3 6951.6 2270 | Pong -20.7 14.6 15
+    PrivateEye 24.9 69571.3 90 | Qbert 163.9 13455 796 | RoadRunner 11.5 7845 14020
+    Seaquest 68.4 42054.7 497 | UpNDown 533.4 11693.2 7387
+    """.replace("|", "\n").strip().splitlines())}
+LEVELS = {"GridWorld": {"best possible": GridWorld.BEST}, **SCORES}
 
 
 def human_normalised(game: str, score: float) -> float:
     """(score - random) / (human - random) [6]; NaN for a game without published scores."""
-    s = SCORES.get(game)
-    return (score - s["random"]) / (s["human"] - s["random"]) if s else float("nan")
+    random, human, _ = SCORES.get(game, dict.fromkeys("rhd", math.nan)).values()
+    return (score - random) / (human - random)
 
 
 def rom_name(game: str) -> str:
-    """ALE's name of a game, MsPacman -> ms_pacman; Refusal, with the nearest names, if none."""
-    ids = ale_py.roms.get_all_rom_ids()
-    roms = {"".join(map(str.capitalize, rom.split("_"))): rom for rom in ids}
+    """ALE's name of a game, MsPacman -> ms_pacman; Refusal if it has none."""
+    roms = {rom.title().replace("_", ""): rom for rom in ale_py.roms.get_all_rom_ids()}
     if game not in roms:
-        lower = {name.lower(): name for name in [*roms, "GridWorld"]}
-        near = [lower[n] for n in difflib.get_close_matches(game.lower(), lower, n=3, cutoff=0.4)]
-        hint = f"; did you mean {', '.join(near)}?" if near else "; try Pong or GridWorld"
-        raise Refusal(f"--game {game}: no such game" + hint)
+        near = [name for name in (*roms, "GridWorld") if name.lower() == game.lower()]
+        raise Refusal(f"--game {game}: no such game; try {(near + ['Pong or GridWorld'])[0]}")
     if not ale_py.ALEInterface.isSupportedROM(ale_py.roms.get_rom_path(roms[game])):
         raise Refusal(f"--game {game}: a game for two, which ALE does not play; try Pong")
     return roms[game]
 
 
-def validate(cfg: Config) -> None:
-    """Raise Refusal where a value is out of its range or two values do not fit together."""
+def validate(cfg: Config) -> Config:
+    """The same settings; Refusal where one is out of its range or two do not fit together."""
     for f in dataclasses.fields(cfg):
-        value, m, flag = getattr(cfg, f.name), f.metadata, f"--{f.name.replace('_', '-')}"
-        if m["choices"] and value not in m["choices"]:
-            raise Refusal(f"{flag} {value}: choose from {', '.join(map(str, m['choices']))}")
-        if m["low"] is not None and not m["low"] <= value <= m["high"]:
-            raise Refusal(f"{flag} {value}: must lie from {m['low']} to {m['high']}")
+        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        if low is not None and not low <= value <= high:
+            raise Refusal(f"--{f.name.replace('_', '-')} {value}: must lie from {low} to {high}")
     if cfg.image_size != CNN_MAP * math.prod(stride for _, stride in cfg.cnn):
         raise Refusal(f"--image-size {cfg.image_size} --first-stride {cfg.first_stride}: size over "
                       "stride must be 4, 8, 16, 32 or 64")
     if cfg.expand * cfg.d_model % cfg.headdim:
-        raise Refusal(f"--headdim {cfg.headdim}: does not divide --expand times --d-model, "
-                      f"{cfg.expand * cfg.d_model}")
+        raise Refusal(f"--headdim {cfg.headdim}: does not divide --expand times --d-model")
+    if cfg.warmup < max(cfg.batch_size + cfg.batch_length, cfg.context):
+        raise Refusal(f"--warmup {cfg.warmup}: the first update needs as many steps as "
+                      "--batch-size plus --batch-length, and as --context")
     if cfg.game != "GridWorld":
         rom_name(cfg.game)
-    shortest = max(cfg.batch_size + cfg.batch_length, cfg.context)
-    if cfg.warmup < shortest:
-        raise Refusal(f"--warmup {cfg.warmup}: the first update needs {shortest} steps, "
-                      "--batch-size plus --batch-length or --context; raise it or lower those")
+    return cfg
 
 
-def choose_device(cfg: Config) -> torch.device:
-    """The device asked for, or the best there is; Refusal where it is not to be had."""
-    if cfg.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else
-                            "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        probe = torch.zeros(1, device=cfg.device)
-        probe.item()
-        if probe.device.type == "cuda":
-            torch.cuda.set_device(probe.device)  # the one whose random generator is saved
-        return probe.device
-    except Exception as error:  # each kind of device that is not there raises something else
-        why = str(error).splitlines()[0][:80]
-        raise Refusal(f"--device {cfg.device}: not on this machine ({why}); try cpu, cuda, cuda:1 "
-                      "or mps") from None
-
-
-def choose_precision(cfg: Config, device: torch.device) -> str:
-    """bfloat16 where the device has it: on CUDA by its word, on a CPU by a race of two matmuls."""
-    if cfg.precision != "auto":
-        return cfg.precision
-    if device.type != "cpu":
-        has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if has else "float32"
-    x = torch.ones(512, 512)
-    full, half = (min(timeit.repeat("x @ x", repeat=9, number=1, globals=dict(x=t)))
-                  for t in (x, x.bfloat16()))
-    return "bfloat16" if 1.5 * half < full else "float32"
+def choose_device(cfg: Config) -> tuple[torch.device, str]:
+    """The device asked for, or the best, and bfloat16 where it wins a race of two matmuls."""
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    name = str(best) if cfg.device == "auto" else cfg.device
+    side = 512 if name == "cpu" else 4096
+    with or_refuse(f"--device {cfg.device}: not on this machine", "try cpu, cuda, cuda:1 or mps"):
+        x = torch.ones(side, side, device=name)
+        full, half = (min(timeit.repeat("(x @ x).sum().item()", repeat=9, number=1,
+                                        globals=dict(x=t))) for t in (x, x.bfloat16()))
+    if x.is_cuda:
+        torch.cuda.set_device(x.device)  # the one whose random generator is saved
+    auto = "bfloat16" if 1.5 * half < full else "float32"
+    return x.device, auto if cfg.precision == "auto" else cfg.precision
 
 
 def compile_parts(cfg: Config, model: WorldModel, agent: ActorCritic, device: torch.device) -> str:
     """On CUDA compile the losses, and dreams into one CUDA graph; say which path the scan takes."""
     if cfg.compile == "off" or device.type != "cuda":  # on CPUs torch 2.13's code was seen to crash
         return "eager"
-    try:  # one kernel forward and backward tells whether there is a compiler that works
-        x = torch.ones(8, device=device, requires_grad=True)
-        torch.compile(lambda x: x.exp().sum())(x).backward()
-    except Exception as error:  # no compiler, no Triton, no Python headers: eager is the same code
-        return f"eager (compiling failed: {type(error).__name__})"
-    torch._dynamo.config.suppress_errors = True  # what cannot be compiled later runs eager
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs eager
     model.loss, agent.loss = torch.compile(model.loss), torch.compile(agent.loss)
     model.imagine = torch.compile(model.imagine, mode="reduce-overhead")
     return "compiled"
@@ -1744,95 +1582,53 @@ def compile_parts(cfg: Config, model: WorldModel, agent: ActorCritic, device: to
 
 def keep_freed_pages() -> None:
     """Ask glibc to keep freed memory: clearing fresh pages for big tensors took half the time."""
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def rebuild(saved: dict, cfg: Config, device: torch.device) -> tuple[WorldModel, ActorCritic]:
     """World model and actor-critic with a checkpoint's weights, ready to play."""
     num_actions = int(make_env(cfg.game, 1, cfg.image_size).single_action_space.n)
     model, agent = WorldModel(cfg, num_actions), ActorCritic(cfg, num_actions)
-    try:
+    with or_refuse("the checkpoint's weights do not fit its settings", "use another"):
         model.load_state_dict(saved["model"])
         agent.load_state_dict(saved["agent"])
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise Refusal("the checkpoint's weights do not fit its settings "
-                      f"({str(error).splitlines()[0][:80]})") from None
     return model.to(device).eval(), agent.to(device)
 
 
 def evaluate(cfg: Config, given: set[str], run: Run) -> int:
-    """Play cfg.eval full episodes from the checkpoint and print the scores -> exit code."""
-    device, path = choose_device(cfg), Path(cfg.checkpoint or run.checkpoint)
-    saved = load_checkpoint(path, device)
-    mine = given & ANYTIME | ({"seed"} if given & {"out", "checkpoint"} else set())
-    check_settings(path, saved, {name: getattr(cfg, name) for name in given - mine})
-    cfg = Config(**saved["config"] | {name: getattr(cfg, name) for name in mine})
-    validate(cfg)
+    """Play cfg.eval full episodes from the checkpoint, print and keep the scores -> exit code."""
+    asked, (device, _) = {name: getattr(cfg, name) for name in given}, choose_device(cfg)
+    saved = load_checkpoint(Path(cfg.checkpoint or run.checkpoint), device,
+                            {name: asked[name] for name in given - {"seed"}})
+    cfg, step, scores = Config(**saved["config"] | asked), saved["at"]["step"], []
     torch.manual_seed(cfg.seed)
-    n = min(cfg.eval, cfg.eval_envs)
-    env = make_env(cfg.game, n, cfg.image_size)
     model, agent = rebuild(saved, cfg, device)
-    player = Player(cfg, model, agent, n, device)
-    # every environment plays its share: the first N to end would favour short episodes
-    share = [len(range(i, cfg.eval, n)) for i in range(n)]
-    scores, totals = [[] for _ in range(n)], np.zeros(n)
-    frame, first, over = env.reset(seed=cfg.seed)[0], np.ones(n, bool), np.zeros(n, bool)
-    with progress_bar(cfg.eval, 0, "episode") as bar:
-        while any(len(s) < k for s, k in zip(scores, share)):
-            action, _ = player.act(torch.from_numpy(frame[:, 0]).to(device),
-                                   torch.from_numpy(first).to(device))
+    while len(scores) < cfg.eval:  # an episode in each environment: none counts for being short
+        n = min(cfg.eval_envs, cfg.eval - len(scores))
+        env, player = make_env(cfg.game, n, cfg.image_size), Player(cfg, model, agent, n, device)
+        frame, score = env.reset(seed=cfg.seed + len(scores))[0], np.zeros(n)
+        first, plays = torch.ones(n, dtype=torch.bool, device=device), np.ones(n, bool)
+        while plays.any():
+            action, _ = player.act(torch.from_numpy(frame[:, 0]).to(device), first)
             frame, reward, terminated, truncated, info = env.step(action.cpu().numpy())
-            first, over = over, episode_over(terminated, truncated, info)
-            totals += reward
-            for i in np.flatnonzero(over):
-                if len(scores[i]) < share[i]:
-                    scores[i].append(totals[i])
-                    bar.update()
-                totals[i] = 0
-    report(cfg, run, saved["at"]["step"], np.concatenate(scores))
-    return 0
-
-
-def report(cfg: Config, run: Run, step: int, scores: np.ndarray) -> None:
-    """Print the scores of an evaluation; keep them in the run folder as evaluation.json."""
-    mean = scores.mean()
-    say(f"{cfg.game} at step {step:,}, {cfg.eval} episodes: mean {mean:.2f}, "
-        f"standard deviation {scores.std():.2f}\nscores: {' '.join(f'{s:g}' for s in scores)}")
-    if cfg.game in SCORES:
-        published = (f"{name} {score:g} ({human_normalised(cfg.game, score):.3f})"
-                     for name, score in SCORES[cfg.game].items())
-        say(f"human-normalised {human_normalised(cfg.game, mean):.3f}; published (the same): "
-            + ", ".join(published))
-    if cfg.game == "GridWorld":
-        say(f"{mean / GridWorld.BEST:.1%} of the best, {GridWorld.BEST}")
+            score += reward * plays
+            plays &= ~episode_over(terminated, truncated, info)
+            first = torch.zeros_like(first)
+        scores += score.tolist()
+        say(f"scores: {' '.join(f'{s:g}' for s in score)}")
+    mean = float(np.mean(scores))
+    levels = ", ".join(f"{name} {level:g}" for name, level in LEVELS.get(cfg.game, {}).items())
+    say(f"{cfg.game} at step {step:,}, {cfg.eval} episodes: mean {mean:.2f}, standard deviation "
+        f"{np.std(scores):.2f}, human-normalised {human_normalised(cfg.game, mean):.3f}; {levels}")
+    result = dict(game=cfg.game, seed=cfg.seed, step=step, episodes=cfg.eval, mean=mean,
+                  scores=scores)
     if not cfg.checkpoint:
         with unless_it_fails("evaluation.json"):
-            (run.dir / "evaluation.json").write_text(json.dumps(dict(
-                game=cfg.game, seed=cfg.seed, step=step, episodes=cfg.eval, mean=mean,
-                scores=scores.tolist()), indent=1))
-
-
-def refuse(message: str) -> None:
-    """For argparse: one line for an error."""
-    raise Refusal(f"{message}; see --help")
-
-
-def boolean(text: str) -> bool:
-    """true or false."""
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
-
-
-def whole(text: str) -> int:
-    """A whole number, also as 1e5 or 100_000."""
-    if not float(text).is_integer():
-        raise ValueError(text)
-    return int(float(text))
+            (run.dir / "evaluation.json").write_text(json.dumps(result, indent=1))
+    return 0
 
 
 def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
@@ -1843,58 +1639,46 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
     parser.error = refuse
     groups = {"game": "what to run", "categoricals": "the dozen that matter (default; laptop's)",
               "image_size": "the rest (default; laptop's)"}
-    kinds = {int: (whole, "N"), float: (float, "X"), bool: (boolean, "true|false"),
-             str: (str, "NAME")}
     for f in dataclasses.fields(Config):
         if f.name in groups:
             group = parser.add_argument_group(groups[f.name])
-        laptop = f"; laptop {PRESETS['laptop'][f.name]}" if f.name in PRESETS["laptop"] else ""
-        kind, metavar = kinds[type(f.default)]
+        kind, laptop = type(f.default), PRESETS["laptop"].get(f.name)
         group.add_argument(
-            f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, type=kind,
-            metavar="|".join(map(str, f.metadata["choices"] or ())) or metavar,
-            help=f"{f.metadata['help']} ({f.default}{laptop})")
-    argv = [name.replace("_", "-") + equals + value if name.startswith("--") else argument
-            for argument in (sys.argv[1:] if argv is None else argv)
-            for name, equals, value in [argument.partition("=")]]
-    given = vars(parser.parse_args(argv))
+            f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
+            type=str.lower if kind is bool else kind, metavar={int: "N", float: "X"}.get(kind),
+            choices=("true", "false") if kind is bool else f.metadata["choices"],
+            help=f"{f.metadata['help']} ({f.default}{'' if laptop is None else f'; {laptop}'})")
+    argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word)
+            for word in (sys.argv[1:] if argv is None else argv)]
+    given = {name: value == "true" if value in ("true", "false") else value
+             for name, value in vars(parser.parse_args(argv)).items()}
     preset = given.get("preset", "auto")
     if preset == "auto":
         preset = "gridworld" if given.get("game") == "GridWorld" else "laptop"
-    return Config(**{**PRESETS.get(preset, {}), **given, "preset": preset}), set(given)
+    return Config(**{**PRESETS[preset], **given, "preset": preset}), set(given)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; return the exit code."""
+    """Run a command line -> exit code: 1 not finite, 2 refused, 128 + n stopped by signal n."""
     keep_freed_pages()
-    WARNED.clear()
     # RMSNorm under autocast: bfloat16 in, float32 weights, as meant
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    code = 2
     try:
         cfg, given = parse(argv)
         validate(cfg)
-        run = Run(cfg)
-        if cfg.eval:
-            return evaluate(cfg, given, run)
-        with run.lock():
+        with Run(cfg) as run:
+            if cfg.eval:
+                return evaluate(cfg, given, run)
             return train(cfg, run) if run.open() else 0
-    except Refusal as error:
-        message = error
     except KeyboardInterrupt:
-        message, code = "stopped", 130
+        return 130
     except FloatingPointError as error:
-        back = f"go back to {run.checkpoint}" if run.checkpoint.exists() else "start again"
-        message, code = (f"{error} is not finite; that update was not applied; {back}, or use "
-                         "another --out and lower learning rates"), 1
-    except OSError as error:
-        where, why = error.filename or run.dir, error.strerror or error
-        message = f"{where}: {why}; the checkpoint is as before; --out can name another disk"
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        code, words = 1, f"{error} is not finite; use another --out and lower learning rates"
+    except (Refusal, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # memory ran out
             raise
-        message = f"out of memory ({str(error)[:80]}); lower the sizes, see --help"
-    say(f"drama.py: {message}", sys.stderr)
+        code, words = 2, str(error)[:300] or "out of memory"
+    say(f"drama.py: {words}; what was saved is as before", sys.stderr)
     return code
 
 

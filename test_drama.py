@@ -594,9 +594,9 @@ def test_rows_of_a_run_and_scores_of_its_evaluation(no_pictures, monkeypatch, tm
     assert envs[0].calls == 90 + 14  # an autoreset is a step of the environment, not of the run
     capsys.readouterr()
     assert drama.main([*argv, "--eval", "5", "--eval_envs", "3"]) == 0
-    scores = [91, 86, 46, 216, 126]  # shares of 2, 2, 1: lengths 7 and 4, 4 and 9, 9
+    scores = [91, 46, 126, 91, 46]  # three environments, then two, an episode in each
     out = capsys.readouterr().out
-    assert [float(x) for x in re.search(r"scores: (.*)", out)[1].split()] == scores
+    assert [float(x) for line in re.findall("scores: (.*)", out) for x in line.split()] == scores
     assert f"mean {np.mean(scores):.2f}" in out and f"{np.std(scores):.2f}" in out
     assert all(opens == first for opens, first in told)  # the player knows where episodes open
 
@@ -1062,7 +1062,7 @@ def test_a_run_of_pong_writes_its_files_and_is_evaluated(tmp_path, capsys):
     told = capsys.readouterr().out
     score = float(re.search(r"mean (-?\d+\.\d\d)\b", told)[1])
     assert -21 <= score <= 21 and float(re.search(r"scores: (\S+)", told)[1]) == score
-    published = dict(random="-20.7", human="14.6", Drama="15", DreamerV3="-4.2", STORM="11.3")
+    published = dict(random="-20.7", human="14.6", Drama="15")
     assert all(re.search(rf"\b{name} {x}(?![\d.])", told) for name, x in published.items())
 
 
@@ -1080,15 +1080,16 @@ def test_commands_of_the_readme_are_understood():
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--game Pnog", "Pnog.*mean.*Pong"), ("--game gridworld", "GridWorld"), ("Pong", "Pong"),
-    ("--device quantum", "quantum"), ("--preset huge", "huge.*paper, laptop"),
+    ("--game Pnog", "Pnog.*try Pong"), ("--game mspacman", "try MsPacman"),
+    ("--game gridworld", "GridWorld"), ("Pong", "Pong"),
+    ("--device quantum", "quantum"), ("--preset huge", "huge.*paper.*laptop"),
     ("--gmae Pong", "--gmae"), ("--steps many", "--steps.*many"), ("--steps 0", "--steps 0"),
     ("--gamma nan", "--gamma nan"), ("--stored_latents maybe", "--stored-latents.*maybe"),
-    ("--sampler best", "dfs, uniform"), ("--image_size 60", "--image-size 60"),
+    ("--sampler best", "dfs.*uniform"), ("--image_size 60", "--image-size 60"),
     ("--image_size 48", "--image-size 48"), ("--headdim 7", "--headdim 7"),
     ("--warmup 5", "--warmup 5"), ("--out file", "file"),
     ("--out file --eval 2", "file"), ("--out nothing --eval 2", "nothing"),
-    ("--out empty --eval 2", "no checkpoint at .*empty")])
+    ("--out empty --eval 2", "empty.*no whole checkpoint.*No such file")])
 def test_bad_input_is_answered_with_one_line(line, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
@@ -1145,7 +1146,7 @@ def test_cuda_trains_saves_and_goes_on(compiling, no_pictures, tmp_path, capsys)
     assert drama.main([*argv.split(), "--steps", "80"]) == 0
     assert drama.main([*argv.split(), "--steps", "160"]) == 0
     told = capsys.readouterr().out
-    assert "going on from step 80" in told and "cuda:0, bfloat16" in told
+    assert "from step 80 to 160" in told and "cuda:0, bfloat16" in told
     assert ("scan compiled" in told) == (compiling == "auto")
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True, map_location="cpu")
     assert all(x.isfinite().all() for x in [*saved["model"].values(), *saved["agent"].values()])
@@ -1438,9 +1439,9 @@ def test_every_point_of_a_save(error, base, capsys):
             code = 2
         said = capsys.readouterr().err
         if code and not isinstance(error, Killed):
-            assert ": No space left; the checkpoint is as " in said.splitlines()[-1]
+            assert "No space left; what was saved is as before" in said.splitlines()[-1]
         assert go() == 0, (k, said)
-        assert "going on from step 7" in capsys.readouterr().out, k
+        assert "from step 7" in capsys.readouterr().out, k
         assert_same_as_whole()
         if not code:
             break
@@ -1494,22 +1495,30 @@ def put(content):
     NEWEST.write_bytes(content) if isinstance(content, bytes) else torch.save(content, NEWEST)
 
 
+def flip(path):
+    """One bit of a weight."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(content)
+
+
 def put_foreign(flags):
     assert go(flags, out=Path("other"), steps=9) == 0
     shutil.copy("other/checkpoint.pt", NEWEST)
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda: put(b""), "checkpoint.pt is broken"),
-    (lambda: put(b"PK" + bytes(99)), "checkpoint.pt is broken"),
-    (lambda: os.truncate(NEWEST, 1000), "checkpoint.pt is broken"),
-    (lambda: put(dict(config=Bomb())), "checkpoint.pt is broken"),
-    (lambda: put(pickle.dumps(Bomb())), "checkpoint.pt is broken"),
-    (lambda: put([1]), "checkpoint.pt is broken"),
+    (lambda: put(b""), "checkpoint.pt: no whole checkpoint"),
+    (lambda: put(b"PK" + bytes(99)), "checkpoint.pt: no whole checkpoint"),
+    (lambda: os.truncate(NEWEST, 1000), "checkpoint.pt: no whole checkpoint"),
+    (lambda: flip(NEWEST), "checksum"),
+    (lambda: put(dict(config=Bomb())), "checkpoint.pt: no whole checkpoint"),
+    (lambda: put(pickle.dumps(Bomb())), "checkpoint.pt: no whole checkpoint"),
+    (lambda: put([1]), "checkpoint.pt: no whole checkpoint"),
     (lambda: put_foreign("--game Pong"), "checkpoint.pt has other settings: game"),
     (lambda: put_foreign("--d_model 24"), "checkpoint.pt has other settings: d_model"),
-    (lambda: os.truncate(FRAMES, STOPS[1] * SIZE - 1), "frames.bin is too short"),
-    (FRAMES.unlink, "frames.bin is too short")], ids=range(10))
+    (lambda: os.truncate(FRAMES, STOPS[1] * SIZE - 1), "checkpoint.pt does not fit"),
+    (FRAMES.unlink, "checkpoint.pt does not fit frames.bin")], ids=range(11))
 def test_damage_is_refused(damage, words, run, capsys):
     damage()
     refused(capsys, *words.split())
@@ -1517,21 +1526,18 @@ def test_damage_is_refused(damage, words, run, capsys):
 
 
 @pytest.mark.parametrize("error, words", [
-    (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory"), "(CUDA out"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
-    (OSError("encoder error"), "encoder error; the checkpoint is as before")])
+    (MemoryError(), "out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory. Tried"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "allocate memory"),
+    (OSError("encoder error"), "encoder error; what was saved is as before")])
 def test_what_goes_wrong_is_a_line(error, words, run, capsys, monkeypatch):
     def fail(*args, **options):
         raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "load", fail)  # a checkpoint that does not fit is not a broken one
-        if not isinstance(error, OSError):
-            refused(capsys, words)
-    with monkeypatch.context() as patch:
-        patch.setattr(drama.Replay, "load_state_dict", fail)  # nor one that does not fit its run
-        if not isinstance(error, OSError):
-            refused(capsys, words)
+    for owner, name in ((torch, "load"), (drama.Replay, "load_state_dict")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            refused(capsys, str(error)[:40] or "MemoryError")  # the true reason is in the line
     monkeypatch.setattr(drama.Replay, "add", fail)
     assert go() == 2
     said = capsys.readouterr().err.splitlines()[-1]
@@ -1546,12 +1552,11 @@ def test_not_a_number_stops_the_run(owner, name, run, capsys, monkeypatch):
 
     before, original = {}, getattr(drama, owner).loss
     monkeypatch.setattr(getattr(drama, owner), "loss", loss)
-    refused(capsys, f": {name} is not finite", str(NEWEST), code=1, changed=snapshot(),
+    refused(capsys, f": {name} is not finite", "saved is as", code=1, changed=snapshot(),
             flags="--save_every 0", at=80, act=lambda: before.update(snapshot()))
     assert snapshot() == before and load()["at"]["step"] == 79 and finite()
     assert go(out=Path("new")) == 1  # at its first update, when there is no checkpoint to name
-    assert "is not finite" in (said := capsys.readouterr().err.splitlines()[-1])
-    assert "checkpoint.pt" not in said
+    assert "is not finite" in capsys.readouterr().err.splitlines()[-1]
     before.clear()
     assert go() == 0
     assert_same_as_whole()
@@ -1614,9 +1619,9 @@ def test_preset_fits_the_game():
 
 
 @pytest.mark.parametrize("game, levels", [("GridWorld", ["best possible"]), ("Tennis", []),
-                                          ("Pong", list(drama.COLUMNS))])
+                                          ("Pong", ["random", "human", "Drama"])])
 def test_curves_show_the_levels_of_their_game(game, levels, tmp_path):
-    for name, text in (("episodes", "step,return\n9,1.5\n"), ("metrics", "")):
+    for name, text in (("episodes", "step,return\n9,1.5\n"), ("metrics", "step,kl\n")):
         (tmp_path / f"{name}.csv").write_text(text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # as of a legend with nothing in it
@@ -1787,12 +1792,12 @@ def test_the_end_of_a_dream_is_said_once(stage):
         for _ in range(5):
             stage.step(1)
     stage.high = False
-    edges = page.shoot(stage)[0][0, :, [0, -1], :]  # (2, 3, W, 3): top and bottom of each picture
-    assert stage.ended == 2 and (edges[:, 2] == (255, 0, 0)).all()
-    assert (edges[:, :2] == stage.pictures[:2, [0, -1]].swapaxes(0, 1) & 0xf8).all()
+    edges = page.shoot(stage)[0][:, [0, -1]]  # (3, 2, W, 3): top and bottom of each picture
+    assert stage.ended == 2 and (edges[2] == (255, 0, 0)).all()
+    assert (edges[:2] == stage.pictures[:2, [0, -1]] & 0xf8).all()
     stage.restart()
     assert stage.ended is None
-    assert (page.shoot(stage)[0][0] == stage.pictures & 0xf8).all()
+    assert (page.shoot(stage)[0] == stage.pictures & 0xf8).all()
 
 
 class Seat:
@@ -2040,7 +2045,7 @@ def test_play_says_where_the_page_is_and_who_can_reach_it(line, words, monkeypat
 
 @pytest.mark.parametrize("line, words", [
     ("--checkpoint none.pt", "no checkpoint at none.pt"), ("--run nowhere", "at nowhere"),
-    ("--checkpoint torn.pt", "torn.pt is broken"), ("--game Tennis", "Tennis.pt"),
+    ("--checkpoint torn.pt", "torn.pt: no whole"), ("--game Tennis", "Tennis.pt"),
     ("--checkpoint it.pt --game Pong", r"game \(was GridWorld, now Pong\)"),
     ("--checkpoint sizes.pt", "weights do not fit"), ("--checkpoint new.pt", "hands .of version 2"),
     ("--checkpoint other.pt", "Pnog: no such"), ("--checkpoint it.pt", "no display.*--no-browser"),
@@ -2066,7 +2071,7 @@ def test_what_play_cannot_do_it_says_in_a_line(line, words, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("line, words", [
-    ("nowhere x.pt", "no checkpoint at nowhere"), ("torn x.pt", "is broken"), ("run", "file"),
+    ("nowhere x.pt", "nowhere"), ("torn x.pt", "no whole checkpoint"), ("run", "file"),
     ("run no/x.pt", "no/x.pt|No such file")])
 def test_what_cannot_be_exported_is_said_in_a_line(line, words, capsys):
     for name in ("run", "torn"):
@@ -2505,7 +2510,9 @@ def test_suite_with_a_real_run(suite, capsys, monkeypatch):
     found = json.loads(Path("all/Breakout-0/evaluation.json").read_text())
     assert (found["step"], found["episodes"], len(found["scores"])) == (60, 1, 1)
     capsys.readouterr()
-    with drama.Run(drama.Config(out="all/Breakout-0")).lock():
+    with drama.Run(drama.Config(game="Breakout", out="all/Breakout-0", steps=9)) as run:
+        with pytest.raises(drama.Refusal, match="other settings"):
+            run.open()
         assert drama.main(["--out", "all/Breakout-0"]) == 2  # the suite knows its words
     assert suite.BUSY in capsys.readouterr().err
 
@@ -3151,7 +3158,7 @@ def test_backbones_train_go_on_and_are_evaluated(name, no_pictures, capsys):
                      capsys.readouterr().out)
     assert drama.SequenceModel is SequenceModel and drama.time is time  # as it was
     assert backbones.main(f"{line} 130".split()) == 0
-    assert "going on from step 80" in capsys.readouterr().out
+    assert "from step 80 to 130" in capsys.readouterr().out
     out, other = Path(f"runs/GridWorld-0-{name}"), {"gru": "mamba"}.get(name, "gru")
     assert len(read_csv(out / "episodes.csv")) == 130 // drama.GridWorld.STEPS
     assert np.isfinite([float(row["kl"]) for row in read_csv(out / "metrics.csv")]).all()
@@ -3164,7 +3171,7 @@ def test_backbones_train_go_on_and_are_evaluated(name, no_pictures, capsys):
 
 @pytest.mark.parametrize("script, line, words", [
     (backbones, "--backbone lstm", "invalid choice: 'lstm'"),
-    (backbones, "--game Pnog", "did you mean Pong"),
+    (backbones, "--game pong", "try Pong"),
     (backbones, "--backbone gru --batch-size x", "--batch-size"),
     (backbones, "--d_model 1 --headdim 1 --expand 1 --game GridWorld", "parameters"),
     (long_sequence, "--out here --lengths 27", "--lengths 27: must be 26 times 2 or more"),
@@ -3293,8 +3300,8 @@ def test_what_is_for_looking_at_never_ends_a_run(broken, named, stub, run, monke
     broken(monkeypatch)
     assert go(stub=stub) == 0
     assert_same(load(), load(WHOLE / "checkpoint.pt"))
-    said = re.findall(r"(\S.*) failed \(\w+: .*\); the run goes on", capsys.readouterr().err)
-    assert bool(said) == bool(named) and len(said) == len({*said})
+    said = re.findall(r"(\S.*) failed \(\w+\(.*\); the run goes on", capsys.readouterr().err)
+    assert bool(said) == bool(named)
     assert any(named in what for what in said) or not named
     if not named:
         assert rows("metrics")[-1]["step"] == "80" and (OUT / "curves.png").exists() == (
@@ -3317,30 +3324,28 @@ def test_only_a_lock_that_is_held_refuses(run, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("number", [None, errno.EACCES, errno.EINVAL])
-def test_the_lock_of_windows(number, run, monkeypatch, capsys):
+def test_the_lock_of_windows(number, monkeypatch, capsys):
     locking = raises(OSError(number, "no")) if number else lambda *_: None
     monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
     monkeypatch.setattr(drama, "os", SimpleNamespace(name="nt"))
-    if number == errno.EACCES:
-        with pytest.raises(drama.Refusal, match="in use"):
-            drama.Run(small(out="run")).lock()
-    else:
-        drama.Run(small(out="run")).lock().close()
-        assert ("has no locks" in capsys.readouterr().err) == bool(number)
+    with drama.Run(small(out="new")) as new:
+        if number == errno.EACCES:
+            with pytest.raises(drama.Refusal, match="in use"):
+                new.open()
+        else:
+            assert new.open()
+            assert ("has no locks" in capsys.readouterr().err) == bool(number)
 
 
-def test_what_a_disk_cannot_do_is_done_without(run, monkeypatch, capsys):
-    held = iter([PermissionError(errno.EACCES, "held")] * 2)
-    replace = os.replace
-    monkeypatch.setattr(os, "fsync", raises(OSError(errno.EINVAL, "cannot")))
-    monkeypatch.setattr(shutil, "disk_usage", raises(OSError(errno.ENOSYS, "cannot")))
+def test_a_file_that_is_held_for_a_moment_is_replaced_later(run, monkeypatch, capsys):
+    held, replace = iter([PermissionError(errno.EACCES, "held")]), os.replace
     monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setattr(os, "replace", lambda *names: next(
         (raises(error)() for error in held), None) or replace(*names))
     assert go() == 0
     assert_same_as_whole()
     monkeypatch.setattr(os, "replace", raises(PermissionError(errno.EACCES, "held", str(NEWEST))))
-    refused(capsys, "checkpoint.pt: held", "--out", out=Path("new"))
+    refused(capsys, "held", "checkpoint.pt", out=Path("new"))
 
 
 CONSOLES = {"none": None, "closed": io.StringIO(), "dead": io.StringIO(),
@@ -3371,7 +3376,7 @@ def test_a_run_needs_no_console(console, in_thread, run, monkeypatch):
     if hasattr(console, "encoding") and console.encoding:
         console.flush()
         said = console.buffer.getvalue().decode("ascii")
-        assert r"\u03a9\u03bc\u03ad\u03b3\u03b1" in said and "the best" in said
+        assert r"\u03a9\u03bc\u03ad\u03b3\u03b1" in said and "best possible 31.85" in said
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on this system")
@@ -3382,26 +3387,23 @@ def test_a_closed_terminal_saves_and_nohup_goes_on(run, monkeypatch):
     assert go(at=85, act=hang_up) == 0
     assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
     assert_same_as_whole()
-    with monkeypatch.context() as patch:  # a handler that Python did not set is given as None
-        patch.setattr(signal, "signal", lambda number, handler: signal.SIG_IGN if not handler else
-                      None)
+    with monkeypatch.context() as patch:  # a handler that Python did not set is left alone
+        patch.setattr(signal, "getsignal", lambda number: None)
         assert go(steps=STEPS + 1) == 0
 
 
 def test_flags_as_people_type_them(run, capsys):
-    assert drama.parse(["--steps", "1e5"])[0].steps == 100_000
-    assert go(steps="2e1", out=Path("short")) == 0
-    said = capsys.readouterr().out
-    assert "nothing will be learnt" in said.split("finished")[0]
-    assert "0.00 GB of frames" in said
+    assert drama.parse(["--steps", "100_000"])[0].steps == 100_000
+    assert drama.parse(["--mean-frame=True"])[0].mean_frame is True
+    assert go(steps="20", out=Path("short")) == 0
+    assert "nothing will be learnt" in capsys.readouterr().out.split("finished")[0]
     assert go("--eval 1 --seed 7") == 0
     assert json.loads((OUT / "evaluation.json").read_text())["seed"] == 7
 
 
 def test_every_game_of_ale_starts_or_is_refused():
     """As found by starting each for 600 steps; those for two end the process."""
-    names = ["".join(map(str.capitalize, rom.split("_"))) for rom in
-             drama.ale_py.roms.get_all_rom_ids()]
+    names = [rom.title().replace("_", "") for rom in drama.ale_py.roms.get_all_rom_ids()]
     refusals = {}
     for name in names:
         try:
@@ -3421,14 +3423,12 @@ def test_a_checkpoint_from_before_a_setting_goes_on(run, capsys):
     assert_same_as_whole()
     put({**saved, "version": 99, "config": {**saved["config"], "wings": 2}})
     for flags in ("", "--eval 1"):
-        refused(capsys, "wings (of version 99", flags=flags, steps=STEPS + 1)
+        refused(capsys, "checkpoint.pt", "wings", flags=flags, steps=STEPS + 1)
 
 
-PARTS = ("at step", "at first", "config", "config game", "config gamma", "device", "generators",
-         "generators 0", "pending", "pending kl", "model prior.weight", "agent scale",
-         "model_learner schedule last_epoch", "model_learner optimiser state 0 exp_avg",
-         "agent_learner optimiser", "replay action", "replay latent", "player d",
-         "player states 0", "env agent", "env rng")
+PARTS = ("at step", "config", "config game", "config gamma", "generators", "generators 0",
+         "pending", "pending kl", "model prior.weight", "agent scale", "agent_learner optimiser",
+         "replay action", "replay latent", "env agent", "env rng")
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -3445,13 +3445,12 @@ def test_a_part_of_a_checkpoint_that_is_missing_or_another_is_a_line(part, run, 
             continue  # without these it goes on
         else:
             del inside[key]
-        if not (part == "device" and damage == "text"):  # a resume on another device
-            before = NEWEST.read_bytes()
-            put(saved)
-            refused(capsys, "checkpoint.pt")
-            if part in ("config gamma", "model prior.weight", "at step"):
-                refused(capsys, "checkpoint", flags="--eval 1")
-            NEWEST.write_bytes(before)
+        before = NEWEST.read_bytes()
+        put(saved)
+        refused(capsys, "checkpoint.pt")
+        if part in ("config gamma", "model prior.weight", "at step"):
+            refused(capsys, "checkpoint", flags="--eval 1")
+        NEWEST.write_bytes(before)
 
 
 @pytest.mark.parametrize("reward", [math.inf, -math.inf, math.nan])
@@ -3553,8 +3552,6 @@ def test_a_run_folder_on_windows(monkeypatch):
                       (r"\\server\share", "\\\\server\\share\\"), ("", r"runs\GridWorld-0")):
         run = drama.Run(drama.Config(game="GridWorld", out=out))
         assert str(run.dir) == want and str(run.checkpoint) == str(run.dir / "checkpoint.pt")
-    files = {run.frames.name, run.checkpoint.name, run.metrics.name, run.episodes.name}
-    assert all(name == name.lower() for name in files)
 
 
 def test_lines_end_as_they_may(tmp_path):

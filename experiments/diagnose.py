@@ -29,8 +29,7 @@ import drama  # noqa: E402
 def load(path: Path, with_replay: bool):
     """A run folder -> cfg, model, agent, step and, if asked for, replay."""
     device = torch.device("cpu")
-    saved = drama.load_checkpoint(path / "checkpoint.pt", device)
-    drama.check_settings(path, saved, {})
+    saved = drama.load_checkpoint(path / "checkpoint.pt", device, {})
     cfg, step, replay = drama.Config(**saved["config"]), saved["at"]["step"], None
     if with_replay:
         replay = drama.Replay(dataclasses.replace(cfg, steps=step), device)

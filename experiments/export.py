@@ -39,9 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         own = parser.parse_args(argv)
         source = own.run / "checkpoint.pt"
-        saved = drama.load_checkpoint(source, torch.device("cpu"))
-        drama.check_settings(source, saved, {})
-        saved = export(saved)
+        saved = export(drama.load_checkpoint(source, torch.device("cpu"), {}))
         with open(own.file, "wb") as file:
             torch.save(saved, file)
     except (drama.Refusal, OSError) as error:

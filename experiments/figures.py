@@ -55,10 +55,9 @@ class Trained(NamedTuple):
 def load(folder: Path) -> Trained:
     """A run folder's checkpoint and frames; it may be in use."""
     device = torch.device("cpu")
-    saved = drama.load_checkpoint(folder / "checkpoint.pt", device)
-    rows, names = len(saved["replay"]["action"]), drama.Config.__dataclass_fields__
-    cfg = drama.Config(**{name: value for name, value in saved["config"].items() if name in names})
-    replay = drama.Replay(dataclasses.replace(cfg, steps=rows), device)
+    saved = drama.load_checkpoint(folder / "checkpoint.pt", device, {})
+    cfg = drama.Config(**saved["config"])
+    replay = drama.Replay(dataclasses.replace(cfg, steps=saved["at"]["step"]), device)
     replay.load_state_dict(saved["replay"])
     replay.frame = torch.from_numpy(np.memmap(folder / "frames.bin", np.uint8, "c",
                                               shape=tuple(replay.frame.shape)))

@@ -207,7 +207,7 @@ def shoot(stage: Stage) -> tuple:
             picture[[0, -1]] = picture[:, [0, -1]] = (255, 0, 0)
     game, dream = (round(total, 1) + 0.0 for total in stage.sums)  # + 0.0: no -0
     ended = f", ended at {stage.ended}" if stage.ended else ""
-    return (pictures[None], [""], [f"real {game:+g}", "reconstruction", f"dream {dream:+.1f}"],
+    return (pictures, [f"real {game:+g}", "reconstruction", f"dream {dream:+.1f}"],
             f"{stage.cfg.game}, dream step {stage.dreamt}{ended}")
 
 
@@ -588,8 +588,7 @@ def main(argv: list[str] | None = None) -> int:
         own, cpu = parse(argv), torch.device("cpu")
         path = (own.run / "checkpoint.pt" if own.run else own.checkpoint or
                 HERE.parent / "results" / f"{own.game or 'GridWorld'}.pt")
-        saved = drama.load_checkpoint(path, cpu)
-        drama.check_settings(path, saved, dict(game=own.game) if own.game else {})
+        saved = drama.load_checkpoint(path, cpu, dict(game=own.game) if own.game else {})
         cfg = drama.Config(**saved["config"])
         stage = Stage(cfg, *drama.rebuild(saved, cfg, cpu), own.seed)
         if own.gif:

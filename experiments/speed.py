@@ -59,11 +59,11 @@ def make_stages(cfg, run, model, agent, rows: int, device, autocast) -> dict:
         news |= drama.update_world_model(model, learners[0], replay)
         news |= drama.update_actor_critic(cfg, model, agent, learners[1], replay)
     run.dir.mkdir(exist_ok=True)
-    drama.cut(run.episodes, 0)
-    drama.cut(run.metrics, 0)
-    drama.append(run.episodes, {"step": 0, "return": 0})
+    drama.begin_table(run.dir / "episodes.csv", ["step", "return"], 0)
+    drama.begin_table(run.dir / "metrics.csv", ["step", *news], 0)
+    drama.append(run.dir / "episodes.csv", 0, 0.0)
     for step in range(0, 100_000, cfg.log_every):  # as many as in Atari 100k
-        drama.append(run.metrics, dict(step=step, **news))
+        drama.append(run.dir / "metrics.csv", step, *news.values())
 
     def act():
         """One action."""
@@ -94,10 +94,9 @@ def main() -> None:
     cfg, _ = drama.parse(rest)
     scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # gone when the program ends
     cfg = dataclasses.replace(cfg, steps=own.rows + 1, out=scratch.name, see_first=0)
-    device = drama.choose_device(cfg)
+    device, precision = drama.choose_device(cfg)
     model = drama.WorldModel(cfg, ACTIONS).to(device, memory_format=torch.channels_last)
     agent = drama.ActorCritic(cfg, ACTIONS).to(device)
-    precision = drama.choose_precision(cfg, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     stages = make_stages(cfg, drama.Run(cfg), model, agent, own.rows, device, autocast)
     work = {}

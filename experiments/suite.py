@@ -37,6 +37,9 @@ DRAMA = Path(__file__).resolve().parent.parent / "drama.py"
 sys.path.insert(0, str(DRAMA.parent))
 import drama  # noqa: E402
 
+PUBLISHED = {row["game"]: row for row in csv.DictReader(  # mean scores
+    (DRAMA.parent / "results" / "atari100k.csv").read_text().splitlines())}
+OTHERS = ("random", "human", "Drama", "DreamerV3", "STORM")
 POLL = 0.2  # seconds between two looks at the children
 RESAMPLES, INTERVAL = 50_000, (2.5, 97.5)  # rliable's number; percentiles of a 95% interval
 BUSY = "in use by another process"  # drama.py's words where it cannot have the run folder's lock
@@ -267,7 +270,7 @@ def tabulate(runs: list[Run]) -> dict:
         score, normalised = (float(np.mean([run[k] for run in its])) if its else None
                              for k in ("mean", "human_normalised"))
         rows.append(dict(game=game, runs=len(its), score=score, human_normalised=normalised,
-                         **drama.SCORES[game]))
+                         **{who: float(PUBLISHED[game][who]) for who in OTHERS}))
         if its:
             here.append(np.array([run["human_normalised"] for run in its]))
     table = dict(steps=runs[0].cfg.steps, episodes=runs[0].episodes, games=rows, runs=done,
@@ -299,12 +302,12 @@ def report(runs: list[Run], stem: Path) -> None:
     print(f"Atari 100k: {table['steps']:,} steps, {table['episodes']} episodes a run; "
           f"{len(table['runs'])} of {len(runs)} runs finished, {len(done)} of {len(rows)} games\n")
     print(f"{'game':<15}{'runs':>5}{'score':>10}{'normalised':>11}"
-          + "".join(f"{name:>10}" for name in drama.COLUMNS))
+          + "".join(f"{name:>10}" for name in OTHERS))
     for row in rows:
         own = (f"{row['score']:10.1f}{row['human_normalised']:11.3f}" if row["runs"]
                else f"{'missing':>10}{'':>11}")
         print(f"{row['game']:<15}{row['runs']:>5}{own}"
-              + "".join(f"{row[name]:10.1f}" for name in drama.COLUMNS))
+              + "".join(f"{row[name]:10.1f}" for name in OTHERS))
     if done:
         print(f"\nhuman-normalised, {len(done)} games" + f"{'here':>13}{'':>17}"
               + "".join(f"{who:>10}" for who in list(table["aggregates"])[1:]))

@@ -176,7 +176,7 @@ def main() -> None:
         cfg = dataclasses.replace(cfg, warmup=5000)
     drama.validate(cfg)
     torch.manual_seed(cfg.seed)
-    device = drama.choose_device(cfg)
+    device, precision = drama.choose_device(cfg)
     if own.run:
         replay, fresh = of_run(cfg, device, own.run)
     else:
@@ -187,7 +187,6 @@ def main() -> None:
     num_actions = int(max(replay.action.max(), fresh.action.max())) + 1
     model = drama.WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
     learner, _ = drama.make_learners(cfg, model, drama.ActorCritic(cfg, num_actions).to(device))
-    precision = drama.choose_precision(cfg, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     print(f"{cfg.game}, preset {cfg.preset}, {' '.join(rest)}, {precision}, "
           f"{torch.get_num_threads()} threads", flush=True)
