@@ -289,12 +289,11 @@ class GridWorld(VectorEnv):
 
 # ---- 3 Replay and DFS ---------------------------------------------------------------------------
 #
-# DFS is dynamic frequency-based sampling, no graph search. In a buffer that grows, uniform draws
-# train on old rows far more often than on new ones. So each row has two counts: `trained` (v in
-# [1]), how many training windows STARTED there, and `dreamt` (b in [1]), how many contexts of
-# dreams did. Train on what was trained on least, which is mostly what is new. Dream anywhere, but
-# a row that was dreamt from more than its training has earned loses its chance: the world model
-# knows little of it, and its dreams would lie.
+# DFS is dynamic frequency-based sampling, no graph search. Uniform draws from a growing buffer
+# train on old rows far more often than on new ones. So each row counts the windows (`trained`, v in
+# [1]) and the contexts of dreams (`dreamt`, b) that STARTED there. Train on what was trained on
+# least. Dream anywhere, but a row dreamt from more than its training has earned loses its chance:
+# the world model knows little of it, and its dreams would lie.
 
 
 def dfs_sequence_logits(trained: Tensor, temperature: float) -> Tensor:
@@ -442,7 +441,7 @@ class TwoHot(nn.Module):
         return -(self.encode(x) * logits.float().log_softmax(-1)).sum(-1)
 
     def mean(self, logits: Tensor) -> Tensor:
-        """logits (..., bins) -> (...): symexp of the mean bin."""
+        """logits (..., bins) -> (...): symexp of the mean bin. So "0 or 99, alike" is read as 9."""
         return symexp((logits.float().softmax(-1) * self.centres).sum(-1))
 
 
@@ -620,10 +619,8 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
     Inside a chunk of q tokens the unrolled sum is one q x q matrix, so all of its tokens are
     computed at once. All that a chunk must know of its past is the state at its start.
     x (b,l,h,p), dt (b,l,h) > 0, A (h,) < 0, B and C (b,l,n), state (b,h,p,n) or None for zeros,
-    first (b,l) bool or None: the state is cleared BEFORE that token, whatever it held. Returns y
-    (b,l,h,p), without the D skip, and the last state. Any l from 0; cost linear in l. float32 at
-    least, even under autocast: its error is about 5e-8 times the sum of |dt A| in a chunk, which
-    came to 217 at most in agents trained here.
+    first (b,l) bool or None: the state is cleared BEFORE that token. Returns y (b,l,h,p), without
+    the D skip, and the last state. Cost linear in l; float32 at least, even under autocast.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size}: a chunk has one token or more")
@@ -685,6 +682,7 @@ class Mamba2(nn.Module):
         self.d_inner, self.headdim, self.chunk_size = expand * d_model, headdim, chunk_size
         self.d_state, self.d_conv, self.heads = d_state, d_conv, expand * d_model // headdim
         channels = self.d_inner + 2 * d_state
+        self.parts = self.d_inner, channels, self.heads  # of in_proj: gate; x, B, C; dt
         self.in_proj = nn.Linear(d_model, self.d_inner + channels + self.heads, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)  # see `forward`
         # dt = softplus(dt_bias) starts log-uniform in [0.001, 0.1], and A uniform in [-16, -1]:
@@ -699,12 +697,8 @@ class Mamba2(nn.Module):
     def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:
         """(conv window (b, d_conv-1, channels), SSM state (b, h, p, n)), both zero."""
         new = self.D.new_zeros
-        return (new(batch, self.d_conv - 1, self.d_inner + 2 * self.d_state),
+        return (new(batch, self.d_conv - 1, self.parts[1]),
                 new(batch, self.heads, self.d_state, self.headdim).mT)
-
-    def _split(self, u):
-        return self.in_proj(u).split(
-            (self.d_inner, self.d_inner + 2 * self.d_state, self.heads), -1)
 
     def _inputs(self, xBC, dt):
         x, B, C = F.silu(xBC).split((self.d_inner, self.d_state, self.d_state), -1)
@@ -719,7 +713,7 @@ class Mamba2(nn.Module):
         """u (b, l, d_model) -> the same shape, and the state after the last token."""
         b, l, _ = u.shape
         window, memory = state or self.initial_state(b)
-        gate, xBC, dt = self._split(u)
+        gate, xBC, dt = self.in_proj(u).split(self.parts, -1)
         taps = torch.cat([window.to(xBC.dtype), xBC], 1)  # (b, d_conv-1+l, channels)
         if first is None:
             first = torch.zeros(b, l, dtype=torch.bool, device=u.device)
@@ -739,7 +733,7 @@ class Mamba2(nn.Module):
     def step(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One token: u (b, d_model) -> the same shape, and a new state."""
         window, memory = state
-        gate, xBC, dt = self._split(u)
+        gate, xBC, dt = self.in_proj(u).split(self.parts, -1)
         taps = torch.cat([window.to(xBC.dtype), xBC[:, None]], 1)  # (b, d_conv, channels)
         conv = self.conv1d.bias + (taps * self.conv1d.weight[:, 0].T).sum(1)
         x, dt, A, B, C = self._inputs(conv, dt)
@@ -951,7 +945,7 @@ class Learner:
         with torch.autocast(parameters[0].device.type, enabled=False):  # backward needs none
             sum(weights[name] * mean for name, mean in means.items() if weights[name]).backward()
         if not all(weights.values()):
-            for p in parameters:  # Adam skips None; zeros, as compiled code gives, it would average
+            for p in parameters:  # zeros, as compiled code gives, would enter Adam's averages
                 p.grad = p.grad if p.grad is not None and p.grad.any() else None
         means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip)
         means = dict(zip(means, torch.stack([m.detach().float() for m in means.values()]).tolist()))
@@ -1001,8 +995,8 @@ def update_world_model(model: WorldModel, learner: Learner, replay: Replay) -> d
 #
 # The critic foretells the return of a moment: by cross-entropy it learns the lambda-returns R_t of
 # dreams. The actor learns by REINFORCE: what was followed by a better return than the critic
-# expected becomes likelier, a worse one less likely. One cannot go backward through a drawn action;
-# but the gradient of the expected return is the mean of return times gradient of log pi(a). So
+# expected becomes likelier, a worse one less likely. One cannot go backward through a drawn action.
+# But grad sum_a pi(a) R(a) = sum_a pi(a) R(a) grad log pi(a), the mean of R grad log pi over draws:
 #
 #     loss = -log pi(a_t) * (R_t - V_t) / scale - entropy weight * entropy
 #
@@ -1171,7 +1165,7 @@ def train(cfg: Config, run: Run) -> int:
         if at.step >= cfg.warmup and at.step % cfg.train_every == 0:
             # TRAIN WORLD MODEL
             dreams_begin = growth(cfg, model_learner.updates) == 1
-            with run.autocast:  # on leaving, its casts of the weights go: the update has come
+            with run.autocast:  # it keeps bfloat16 weights until it is left; then they are old
                 news |= update_world_model(model, model_learner, replay)
             # IMAGINE, TRAIN ACTOR-CRITIC
             if dreams_begin:

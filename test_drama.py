@@ -767,6 +767,19 @@ def test_a_part_of_the_frames_is_decoded_and_counts_for_all(model, share, count)
 
 
 @torch.no_grad()
+def test_what_moved_weighs_more_at_the_cost_of_what_stands(model):
+    model.cfg, model.decode = small(moving=4.0), lambda z: torch.full((len(z), 3, 16, 16), 0.25)
+    frame = torch.randint(0, 256, (b, l, 16, 16, 3), dtype=torch.uint8)
+    frame[:, 3:] = frame[:, 2:3]  # all stands still from here on,
+    frame[0, 4, 1, 5, 2] ^= 1  # but for one colour of one pixel that comes and goes
+    weight = np.ones((b, l, 16, 16))
+    weight[:, 1:] += 4 * (frame[:, 1:] != frame[:, :-1]).any(-1).numpy()
+    assert [(weight[0, t] == 5).sum() for t in (4, 5, 6)] == [1, 1, 0]
+    error = ((frame.numpy() / 255 - 0.25) ** 2).sum(-1) * weight / weight.mean()
+    close(model.reconstruction_error(torch.zeros(b, l, K * C), frame), error.sum((2, 3)))
+
+
+@torch.no_grad()
 def test_nothing_passes_the_line_between_two_episodes(model):
     def run(change):
         batch = make_batch((5,), (5,))
