@@ -1184,7 +1184,7 @@ def train(cfg: Config, run: Run) -> int:
 
 VERSION = 2  # of the checkpoint. A setting added later must default to what was done before it
 ANYTIME = set("steps device out eval eval_envs checkpoint compile save_every draw_every".split())
-EPISODES = "step seconds episode return length human_normalised".split()
+EPISODES = "step seconds episode return length".split()
 METRICS = ("reconstruction reward termination dynamics representation gradient_norm kl "
            "batch_reward policy entropy value slow_value actor_gradient_norm imagined_return "
            "imagined_reward imagined_value imagined_end return_scale policy_entropy").split()
@@ -1296,23 +1296,23 @@ class Run(contextlib.ExitStack):
         parts: all that a checkpoint keeps, by name, each with state_dict and load_state_dict.
         """
         cfg, self.parts, self.kept, self.pending, self.shown = self.cfg, parts, 0, {}, {}
-        self.frames.touch()
         # the modules that keep a random generator; the environment has its own
-        self.random = [torch] + [torch.cuda] * (self.device.type == "cuda")
+        accelerator = getattr(torch, self.device.type)
+        self.random = [torch] if accelerator is torch.cpu else [torch, accelerator]
         frame = env.reset(seed=cfg.seed + (self.saved["at"]["step"] if self.saved else 0))[0]
         if hasattr(env, "state_dict"):  # Atari has none: a resume opens a new episode
             parts["env"] = env
         if self.saved:
-            self.restore(at)
-            frame, at.first = (env.frames(), at.first) if "env" in parts else (frame, True)
+            frame = self.restore(at, frame)
+        else:
+            self.frames.write_bytes(b"")
         with unless_it_fails("config.json"):
             (self.dir / "config.json").write_text(json.dumps(vars(cfg), indent=1))
         begin_table(self.dir / "metrics.csv", ["step", "seconds", "updates", *METRICS], at.step)
         begin_table(self.dir / "episodes.csv", EPISODES, at.step)
         scan = compile_parts(cfg, parts["model"], parts["agent"], self.device)
-        size = sum(p.numel() for name in ("model", "agent") for p in parts[name].parameters())
-        say(f"{cfg.game}: preset {cfg.preset} (others: --preset paper, laptop), {size:,} weights, "
-            f"{self.device}, {self.precision}, scan {scan}, {torch.get_num_threads()} threads\n"
+        say(f"{cfg.game}: preset {cfg.preset} (others: --preset paper, laptop), {self.device}, "
+            f"{self.precision}, scan {scan}, {torch.get_num_threads()} threads\n"
             f"run folder {self.dir}: from step {at.step:,} to {cfg.steps:,}; learning starts at "
             f"step {cfg.warmup:,}, from then on the bar knows the time to go"
             + "\nnothing will be learnt: raise --steps" * (cfg.warmup > cfg.steps))
@@ -1337,10 +1337,10 @@ class Run(contextlib.ExitStack):
             os._exit(128 + number)
         self.interrupted = number
 
-    def restore(self, at: Progress) -> None:
-        """Put everything back as it was at the checkpoint."""
-        saved, self.saved, frame = self.saved, None, self.parts["replay"].frame
-        with or_refuse(f"{self.checkpoint} does not fit", "use another --out"):
+    def restore(self, at: Progress, frame: np.ndarray) -> np.ndarray:
+        """Put everything back as it was at the checkpoint -> the frame to go on from."""
+        saved, self.saved, frames = self.saved, None, self.parts["replay"].frame
+        with or_refuse(f"{self.checkpoint} or frames.bin does not fit", "use another --out"):
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             vars(at).update(saved["at"])
@@ -1349,9 +1349,10 @@ class Run(contextlib.ExitStack):
                 self.precision = saved["precision"]
                 for module, state in zip(self.random, saved["generators"], strict=True):
                     module.set_rng_state(state.cpu())
-            data = np.fromfile(self.frames, np.uint8, frame[:at.step].numel())
-            frame[:at.step] = torch.from_numpy(data).view(-1, *frame.shape[1:])
-        self.kept = at.step
+            data = np.fromfile(self.frames, np.uint8, frames[:at.step].numel())
+            frames[:at.step] = torch.from_numpy(data).view(-1, *frames.shape[1:])
+            self.kept, at.first = at.step, at.first or "env" not in self.parts
+            return self.parts["env"].frames() if "env" in self.parts else frame
 
     def save(self, at: Progress) -> None:
         """Append the frames, then write the checkpoint aside, flush and rename it: never torn."""
@@ -1383,8 +1384,7 @@ class Run(contextlib.ExitStack):
             self.pending.setdefault(name, []).append(value)
         if at.first:
             self.shown["return"] = at.total
-            append(self.dir / "episodes.csv", at.step, seconds, at.episode, at.total, at.length,
-                   human_normalised(cfg.game, at.total))
+            append(self.dir / "episodes.csv", at.step, seconds, at.episode, at.total, at.length)
         if at.step % cfg.log_every == 0 and self.pending:
             means = {name: float(np.mean(self.pending.get(name, math.nan))) for name in METRICS}
             append(self.dir / "metrics.csv", at.step, seconds, learner.updates, *means.values())
@@ -1499,24 +1499,16 @@ def sheet(pictures: np.ndarray, names, title: str):
 
 # Atari 100k, mean scores: random play and human as published in [6], Drama in [1].
 SCORES = {game: dict(zip(("random", "human", "Drama"), map(float, scores)))
-          for game, *scores in map(str.split, """
-    Alien 227.8 7127.7 820 | Amidar 5.8 1719.5 131 | Assault 222.4 742 539
-    Asterix 210 8503.3 1632 | BankHeist 14.2 753.1 137 | BattleZone 2360 37187.5 10860
-    Boxing 0.1 12.1 78 | Breakout 1.7 30.5 7 | ChopperCommand 811 7387.8 1642
-    CrazyClimber 10780.5 35829.4 83931 | DemonAttack 152.1 1971 201 | Freeway 0 29.6 15
-    Frostbite 65.2 4334.7 785 | Gopher 257.6 2412.5 2757 | Hero 1027 30826.4 7946
-    Jamesbond 29 302.8 372 | Kangaroo 52 3035 1384 | Krull 1598 2665.5 9693
-    KungFuMaster 258.5 22736.3 23920 | MsPacman 307.3 6951.6 2270 | Pong -20.7 14.6 15
-    PrivateEye 24.9 69571.3 90 | Qbert 163.9 13455 796 | RoadRunner 11.5 7845 14020
-    Seaquest 68.4 42054.7 497 | UpNDown 533.4 11693.2 7387
-    """.replace("|", "\n").strip().splitlines())}
+          for game, *scores in re.findall(r"(\w+) (\S+) (\S+) (\S+)", """
+    Alien 227.8 7127.7 820 Amidar 5.8 1719.5 131 Assault 222.4 742 539 Asterix 210 8503.3 1632
+    BankHeist 14.2 753.1 137 BattleZone 2360 37187.5 10860 Boxing 0.1 12.1 78 Breakout 1.7 30.5 7
+    ChopperCommand 811 7387.8 1642 CrazyClimber 10780.5 35829.4 83931 DemonAttack 152.1 1971 201
+    Freeway 0 29.6 15 Frostbite 65.2 4334.7 785 Gopher 257.6 2412.5 2757 Hero 1027 30826.4 7946
+    Jamesbond 29 302.8 372 Kangaroo 52 3035 1384 Krull 1598 2665.5 9693
+    KungFuMaster 258.5 22736.3 23920 MsPacman 307.3 6951.6 2270 Pong -20.7 14.6 15
+    PrivateEye 24.9 69571.3 90 Qbert 163.9 13455 796 RoadRunner 11.5 7845 14020
+    Seaquest 68.4 42054.7 497 UpNDown 533.4 11693.2 7387""")}
 LEVELS = {"GridWorld": {"best possible": GridWorld.BEST}, **SCORES}
-
-
-def human_normalised(game: str, score: float) -> float:
-    """(score - random) / (human - random) [6]; NaN for a game without published scores."""
-    random, human, _ = SCORES.get(game, dict.fromkeys("rhd", math.nan)).values()
-    return (score - random) / (human - random)
 
 
 def rom_name(game: str) -> str:
@@ -1537,13 +1529,11 @@ def validate(cfg: Config) -> Config:
         if low is not None and not low <= value <= high:
             raise Refusal(f"--{f.name.replace('_', '-')} {value}: must lie from {low} to {high}")
     if cfg.image_size != CNN_MAP * math.prod(stride for _, stride in cfg.cnn):
-        raise Refusal(f"--image-size {cfg.image_size} --first-stride {cfg.first_stride}: size over "
-                      "stride must be 4, 8, 16, 32 or 64")
+        raise Refusal(f"--image-size {cfg.image_size}: over --first-stride must be 4, 8, .. or 64")
     if cfg.expand * cfg.d_model % cfg.headdim:
         raise Refusal(f"--headdim {cfg.headdim}: does not divide --expand times --d-model")
     if cfg.warmup < max(cfg.batch_size + cfg.batch_length, cfg.context):
-        raise Refusal(f"--warmup {cfg.warmup}: the first update needs as many steps as "
-                      "--batch-size plus --batch-length, and as --context")
+        raise Refusal(f"--warmup {cfg.warmup}: less than --batch-size plus --batch-length")
     if cfg.game != "GridWorld":
         rom_name(cfg.game)
     return cfg
@@ -1614,9 +1604,9 @@ def evaluate(cfg: Config, given: set[str], run: Run) -> int:
         scores += score.tolist()
         say(f"scores: {' '.join(f'{s:g}' for s in score)}")
     mean = float(np.mean(scores))
-    levels = ", ".join(f"{name} {level:g}" for name, level in LEVELS.get(cfg.game, {}).items())
     say(f"{cfg.game} at step {step:,}, {cfg.eval} episodes: mean {mean:.2f}, standard deviation "
-        f"{np.std(scores):.2f}, human-normalised {human_normalised(cfg.game, mean):.3f}; {levels}")
+        f"{np.std(scores):.2f}"
+        + "".join(f"; {name} {level:g}" for name, level in LEVELS.get(cfg.game, {}).items()))
     result = dict(game=cfg.game, seed=cfg.seed, step=step, episodes=cfg.eval, mean=mean,
                   scores=scores)
     if not cfg.checkpoint:
@@ -1644,7 +1634,7 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
             help=f"{f.metadata['help']} ({f.default}{'' if laptop is None else f'; {laptop}'})")
     argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word)
             for word in (sys.argv[1:] if argv is None else argv)]
-    given = {name: value == "true" if value in ("true", "false") else value
+    given = {name: value == "true" if type(getattr(Config, name)) is bool else value
              for name, value in vars(parser.parse_args(argv)).items()}
     preset = given.get("preset", "auto")
     if preset == "auto":

@@ -46,6 +46,12 @@ BUSY = "in use by another process"  # drama.py's words where it cannot have the 
 AGGREGATES = {"mean": ".3f", "median": ".3f", "interquartile mean": ".3f", "games above human": "g"}
 
 
+def human_normalised(game: str, score: float) -> float:
+    """(score - random) / (human - random)."""
+    random, human = (float(PUBLISHED[game][who]) for who in ("random", "human"))
+    return (score - random) / (human - random)
+
+
 def read_json(path: Path) -> dict:
     """What the file holds; nothing where it is not there or was cut short."""
     try:
@@ -151,7 +157,7 @@ def tell_end(run: Run, stopped: bool) -> str:
         score, again = result["mean"], shlex.join(["python", "drama.py", *run.flags])
         end, words = "finished", (
             f"finished, score {score:.2f}, human-normalised "
-            f"{drama.human_normalised(run.game, score):.3f}, {result['episodes']} episodes after "
+            f"{human_normalised(run.game, score):.3f}, {result['episodes']} episodes after "
             f"{result['step']:,} steps, {minutes:.0f} minutes; to repeat: {again}, then the same "
             f"with --eval {run.episodes}")
     elif stopped:
@@ -262,7 +268,7 @@ def tabulate(runs: list[Run]) -> dict:
         if result is None:
             missing.append(dict(game=run.game, seed=run.seed, state=run.state()))
             continue
-        normalised = drama.human_normalised(run.game, result["mean"])
+        normalised = human_normalised(run.game, result["mean"])
         done.append({**result, "human_normalised": normalised, "flags": run.flags[6:]})
     rows, here = [], []
     for game in dict.fromkeys(run.game for run in runs):
@@ -278,7 +284,7 @@ def tabulate(runs: list[Run]) -> dict:
     if here:
         table["aggregates"]["here"] = {k: float(v) for k, v in aggregate(here).items()}
         for who in ("Drama", "DreamerV3", "STORM"):  # one mean a game is what is published
-            published = [np.array([drama.human_normalised(row["game"], row[who])])
+            published = [np.array([human_normalised(row["game"], row[who])])
                          for row in rows if row["runs"]]
             table["aggregates"][who] = {k: float(v) for k, v in aggregate(published).items()}
         if min(map(len, here)) > 1:
