@@ -1540,17 +1540,20 @@ def validate(cfg: Config) -> Config:
 
 
 def choose_device(cfg: Config) -> tuple[torch.device, str]:
-    """The device asked for, or the best, and bfloat16 where it wins a race of two matmuls."""
+    """The device asked for, or the best, and the precision: bfloat16 where it is faster."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    name = str(best) if cfg.device == "auto" else cfg.device
-    side = 512 if name == "cpu" else 4096
     with or_refuse(f"--device {cfg.device}: not on this machine", "try cpu, cuda, cuda:1 or mps"):
-        x = torch.ones(side, side, device=name)
-        full, half = (min(timeit.repeat("(x @ x).sum().item()", repeat=9, number=1,
-                                        globals=dict(x=t))) for t in (x, x.bfloat16()))
+        x = torch.ones(512, 512, device=best if cfg.device == "auto" else cfg.device)
+        x.sum().item()
+    fast = False
     if x.is_cuda:
         torch.cuda.set_device(x.device)  # the one whose random generator is saved
-    auto = "bfloat16" if 1.5 * half < full else "float32"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif x.is_cpu:  # a race of two matmuls
+        full, half = (min(timeit.repeat("x @ x", repeat=9, number=1, globals=dict(x=t)))
+                      for t in (x, x.bfloat16()))
+        fast = 1.5 * half < full
+    auto = "bfloat16" if fast else "float32"
     return x.device, auto if cfg.precision == "auto" else cfg.precision
 
 
@@ -1656,13 +1659,15 @@ def main(argv: list[str] | None = None) -> int:
             return train(cfg, run) if run.open() else 0
     except KeyboardInterrupt:
         return 130
+    except Refusal as error:
+        code, words = 2, str(error)
     except FloatingPointError as error:
-        code, words = 1, f"{error} is not finite; use another --out and lower learning rates"
-    except (Refusal, OSError, MemoryError, RuntimeError) as error:
+        code, words = 1, f"{error} is not finite; use lower learning rates and another --out"
+    except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # memory ran out
             raise
-        code, words = 2, str(error)[:300] or "out of memory"
-    say(f"drama.py: {words}; what was saved is as before", sys.stderr)
+        code, words = 2, f"{str(error) or 'out of memory'}; what was saved is as before"
+    say("drama.py: " + " ".join(words.split()), sys.stderr)
     return code
 
 

@@ -1565,7 +1565,7 @@ def test_not_a_number_stops_the_run(owner, name, run, capsys, monkeypatch):
 
     before, original = {}, getattr(drama, owner).loss
     monkeypatch.setattr(getattr(drama, owner), "loss", loss)
-    refused(capsys, f": {name} is not finite", "saved is as", code=1, changed=snapshot(),
+    refused(capsys, f": {name} is not finite", code=1, changed=snapshot(),
             flags="--save_every 0", at=80, act=lambda: before.update(snapshot()))
     assert snapshot() == before and load()["at"]["step"] == 79 and finite()
     assert go(out=Path("new")) == 1  # at its first update, when there is no checkpoint to name
