@@ -592,13 +592,13 @@ def test_rows_of_a_run_and_scores_of_its_evaluation(no_pictures, monkeypatch, tm
     assert [e["length"] for e in episodes] == "7 4 9 5 7 4 9 5 7 4 9 5 7 4".split()
     assert [float(e["return"]) for e in episodes][:3] == [91, 86, 306]
     assert envs[0].calls == 90 + 14  # an autoreset is a step of the environment, not of the run
+    assert all(opens == first for opens, first in told)  # the player knows where episodes open
     capsys.readouterr()
     assert drama.main([*argv, "--eval", "5", "--eval_envs", "3"]) == 0
     scores = [91, 46, 126, 91, 46]  # three environments, then two, an episode in each
     out = capsys.readouterr().out
     assert [float(x) for line in re.findall("scores: (.*)", out) for x in line.split()] == scores
     assert f"mean {np.mean(scores):.2f}" in out and f"{np.std(scores):.2f}" in out
-    assert all(opens == first for opens, first in told)  # the player knows where episodes open
 
 
 def test_a_lost_life_of_breakout_is_no_end_of_the_episode():
