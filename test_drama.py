@@ -2057,10 +2057,10 @@ def test_play_says_where_the_page_is_and_who_can_reach_it(line, words, monkeypat
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--checkpoint none.pt", "no checkpoint at none.pt"), ("--run nowhere", "at nowhere"),
+    ("--checkpoint none.pt", "none.pt: no whole"), ("--run nowhere", "nowhere"),
     ("--checkpoint torn.pt", "torn.pt: no whole"), ("--game Tennis", "Tennis.pt"),
     ("--checkpoint it.pt --game Pong", r"game \(was GridWorld, now Pong\)"),
-    ("--checkpoint sizes.pt", "weights do not fit"), ("--checkpoint new.pt", "hands .of version 2"),
+    ("--checkpoint sizes.pt", "weights do not fit"), ("--checkpoint new.pt", "unexpected.*hands"),
     ("--checkpoint other.pt", "Pnog: no such"), ("--checkpoint it.pt", "no display.*--no-browser"),
     ("--checkpoint it.pt --no-browser --port {}", "--port.*try another"),
     ("--checkpoint it.pt --run .", "not allowed with"), ("--port 70000", "--port 70000"),
@@ -2272,7 +2272,7 @@ def test_figures_of_nothing_are_refused_in_a_line(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit) as stop:
         figures.main()
     said = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(said) == 1 and "no checkpoint" in said[0]
+    assert stop.value.code == 2 and len(said) == 1 and "no whole checkpoint" in said[0]
 
 
 def test_memory_is_cleared_at_an_opening(grid_run):
