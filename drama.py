@@ -1630,10 +1630,11 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
         if f.name in groups:
             group = parser.add_argument_group(groups[f.name])
         kind, laptop = type(f.default), PRESETS["laptop"].get(f.name)
+        choices = ("true", "false") if kind is bool else f.metadata["choices"]
         group.add_argument(
-            f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
-            type=str.lower if kind is bool else kind, metavar={int: "N", float: "X"}.get(kind),
-            choices=("true", "false") if kind is bool else f.metadata["choices"],
+            f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, choices=choices,
+            type=str.lower if kind is bool else kind,
+            metavar=None if choices else {int: "N", float: "X"}.get(kind),
             help=f"{f.metadata['help']} ({f.default}{'' if laptop is None else f'; {laptop}'})")
     argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word)
             for word in (sys.argv[1:] if argv is None else argv)]
