@@ -139,6 +139,7 @@ class Config:
     model_clip: float = opt(1000.0, "world model: largest gradient norm", 1e-3, 1e9)
     weight_decay: float = opt(1e-4, "world model: weight decay of matrices and kernels", 0.0, 1.0)
     lr_warmup: int = opt(1000, "updates of linear learning-rate warm-up", 1, 10_000_000)
+    lr_fall: float = opt(0.0, "last share of the run, in which learning rates fall to 0", 0.0, 1.0)
     # dreams, actor, critic
     context: int = opt(8, "real frames that a dream starts from", 2, 1024)
     stored_latents: bool = opt(False, "contexts from latents kept at a frame's last encoding")
@@ -181,7 +182,7 @@ PRESETS = {
         head_units=128, batch_size=8, batch_length=32, train_every=4, see_first=500, decoded=0.5,
         moving=10.0, mean_frame=True, dreams=64, stored_latents=True, critic_units=256,
         hidden_layers=2, model_lr=2e-3, actor_lr=2e-4, entropy=1e-3, lr_warmup=100,
-        temperature=1.25),
+        lr_fall=0.5, temperature=1.25),
     "gridworld": dict(
         steps=10_000, first_stride=4, categoricals=16, classes=16, d_model=128, chunk_size=16,
         head_units=128, batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1,
@@ -924,12 +925,13 @@ class Dream(NamedTuple):
 
 
 class Learner:
-    """An optimiser with linear warm-up and clipping; it refuses numbers that are not finite."""
+    """An optimiser with clipping and a schedule; it refuses numbers that are not finite."""
 
-    def __init__(self, optimiser, clip: float, warmup: int):
+    def __init__(self, optimiser, clip: float, warmup: int, fall: int = 0, end: int = 0):
+        """The rate rises over `warmup` updates, and falls to 0 over the `fall` before `end`."""
         self.optimiser, self.clip = optimiser, clip
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda k: min(1.0, (k + 1) / warmup))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: min(
+            1.0, (k + 1) / warmup, max(0, end - k) / fall if fall else 1.0))
 
     @property
     def updates(self) -> int:
@@ -1060,8 +1062,10 @@ def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[L
     acting = [*agent.actor.parameters(), *agent.critic.parameters()]
     model_adam = torch.optim.AdamW(groups, cfg.model_lr, fused=True)
     agent_adam = torch.optim.Adam(acting, cfg.actor_lr, eps=cfg.actor_eps, fused=True)
-    return (Learner(model_adam, cfg.model_clip, cfg.lr_warmup),
-            Learner(agent_adam, cfg.actor_clip, cfg.lr_warmup))
+    end = (cfg.steps - cfg.warmup) // cfg.train_every
+    fall, late = round(cfg.lr_fall * end), 3 * cfg.see_first  # updates before dreams begin
+    return (Learner(model_adam, cfg.model_clip, cfg.lr_warmup, fall, end),
+            Learner(agent_adam, cfg.actor_clip, cfg.lr_warmup, fall, end - late))
 
 
 def update_actor_critic(cfg, model, agent, learner, replay) -> dict:

@@ -766,6 +766,22 @@ def test_a_part_of_the_frames_is_decoded_and_counts_for_all(model, share, count)
     assert (abs(seen - expected) < 5 * (expected + 1) ** 0.5).all()  # each frame as often as others
 
 
+def test_learning_rates_rise_stay_and_fall_to_nothing_by_the_end(model, agent):
+    cfg = small(steps=1000, warmup=100, train_every=3, lr_warmup=10, lr_fall=0.5, see_first=40)
+    model_learner, agent_learner = drama.make_learners(cfg, model, agent)
+    for learner, full, end in ((model_learner, cfg.model_lr, 300),
+                               (agent_learner, cfg.actor_lr, 180)):
+        rates = []
+        for _ in range(end + 3):
+            rates.append(learner.optimiser.param_groups[0]["lr"] / full)
+            learner.optimiser.step()
+            learner.schedule.step()
+        close(rates[:10], np.arange(1, 11) / 10)
+        close(rates[10:end - 150], 1)
+        close(rates[end - 150:end + 1], np.arange(150, -1, -1) / 150)
+        assert rates[end - 1] > 0 and rates[end:] == [0, 0, 0]
+
+
 @torch.no_grad()
 def test_what_moved_weighs_more_at_the_cost_of_what_stands(model):
     model.cfg, model.decode = small(moving=4.0), lambda z: torch.full((len(z), 3, 16, 16), 0.25)
