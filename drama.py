@@ -924,50 +924,6 @@ class Dream(NamedTuple):
     end: Tensor  # (b, H): probability that the action ended the game or cost a life
 
 
-class Learner:
-    """An optimiser with clipping and a schedule; it refuses numbers that are not finite."""
-
-    def __init__(self, optimiser, clip: float, warmup: int, fall: int = 0, end: int = 0):
-        """The rate rises over `warmup` updates, and falls to 0 over the `fall` before `end`."""
-        self.optimiser, self.clip = optimiser, clip
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: min(
-            1.0, (k + 1) / warmup, max(0, end - k) / fall if fall else 1.0))
-
-    @property
-    def updates(self) -> int:
-        """Updates so far."""
-        return self.schedule.last_epoch
-
-    def step(self, losses: dict, weights: dict) -> dict:
-        """One step down the weighted sum of the losses' means -> the means, the gradient's norm."""
-        assert losses.keys() == weights.keys(), (losses.keys(), weights.keys())
-        means = {name: loss.mean() for name, loss in losses.items()}
-        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-        self.optimiser.zero_grad()
-        with torch.autocast(parameters[0].device.type, enabled=False):  # backward needs none
-            sum(weights[name] * mean for name, mean in means.items() if weights[name]).backward()
-        if not all(weights.values()):
-            for p in parameters:  # zeros, as compiled code gives, would enter Adam's averages
-                p.grad = p.grad if p.grad is not None and p.grad.any() else None
-        means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip)
-        means = dict(zip(means, torch.stack([m.detach().float() for m in means.values()]).tolist()))
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise FloatingPointError(name)
-        self.optimiser.step()
-        self.schedule.step()
-        return means
-
-    def state_dict(self) -> dict:
-        """All that the next step depends on."""
-        return dict(optimiser=self.optimiser.state_dict(), schedule=self.schedule.state_dict())
-
-    def load_state_dict(self, saved: dict) -> None:
-        """Go on from `state_dict`."""
-        for name in saved:
-            getattr(self, name).load_state_dict(saved[name])
-
-
 def growth(cfg: Config, updates: int) -> float:
     """Weight, 0..1, of every loss but reconstruction, after so many updates.
 
@@ -1054,20 +1010,6 @@ class ActorCritic(nn.Module):
             slow.lerp_(fast, 1 - self.cfg.slow_decay)
 
 
-def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[Learner, Learner]:
-    """AdamW for the world model, Adam for the rest. NOTE(9): the published default is LaProp."""
-    # matrices and kernels decay; biases, norms, dt_bias, A_log and D do not
-    groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == matrix],
-                   weight_decay=cfg.weight_decay * matrix) for matrix in (True, False)]
-    acting = [*agent.actor.parameters(), *agent.critic.parameters()]
-    model_adam = torch.optim.AdamW(groups, cfg.model_lr, fused=True)
-    agent_adam = torch.optim.Adam(acting, cfg.actor_lr, eps=cfg.actor_eps, fused=True)
-    end = (cfg.steps - cfg.warmup) // cfg.train_every
-    fall, late = round(cfg.lr_fall * end), 3 * cfg.see_first  # updates before dreams begin
-    return (Learner(model_adam, cfg.model_clip, cfg.lr_warmup, fall, end),
-            Learner(agent_adam, cfg.actor_clip, cfg.lr_warmup, fall, end - late))
-
-
 def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
     """Dream on from contexts drawn by DFS, then one update on the dreams -> metrics."""
     rows = replay.draw_contexts()
@@ -1118,25 +1060,6 @@ class Player:
 # ---- 9 train ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Progress:
-    """Where a run stands; a checkpoint keeps it."""
-
-    step: int = 0  # environment steps
-    seconds: float = 0.0  # spent on them, over all sittings
-    episode: int = 0  # episodes finished
-    first: bool = True  # the frame in hand opens an episode
-    total: float = 0.0  # reward of the episode in hand
-    length: int = 0  # its steps
-
-    def add(self, reward: float, over: bool) -> None:
-        """Count a step."""
-        if self.first:
-            self.total, self.length = 0.0, 0
-        self.step, self.length, self.total = self.step + 1, self.length + 1, self.total + reward
-        self.first, self.episode = over, self.episode + over
-
-
 def train(cfg: Config, run: Run) -> int:
     """Train up to cfg.steps, on from the run's checkpoint if it has one -> exit code."""
     device, at = run.device, Progress()
@@ -1184,7 +1107,68 @@ def train(cfg: Config, run: Run) -> int:
 #
 # What makes a good program of the method: runs that resume, pictures, clear refusals.
 
-# ---- 10 The run folder --------------------------------------------------------------------------
+# ---- 10 Optimisers ------------------------------------------------------------------------------
+
+
+class Learner:
+    """An optimiser with clipping and a schedule; it refuses numbers that are not finite."""
+
+    def __init__(self, optimiser, clip: float, warmup: int, fall: int = 0, end: int = 0):
+        """The rate rises over `warmup` updates, and falls to 0 over the `fall` before `end`."""
+        self.optimiser, self.clip = optimiser, clip
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: min(
+            1.0, (k + 1) / warmup, max(0, end - k) / fall if fall else 1.0))
+
+    @property
+    def updates(self) -> int:
+        """Updates so far."""
+        return self.schedule.last_epoch
+
+    def step(self, losses: dict, weights: dict) -> dict:
+        """One step down the weighted sum of the losses' means -> the means, the gradient's norm."""
+        assert losses.keys() == weights.keys(), (losses.keys(), weights.keys())
+        means = {name: loss.mean() for name, loss in losses.items()}
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        self.optimiser.zero_grad()
+        with torch.autocast(parameters[0].device.type, enabled=False):  # backward needs none
+            sum(weights[name] * mean for name, mean in means.items() if weights[name]).backward()
+        if not all(weights.values()):
+            for p in parameters:  # zeros, as compiled code gives, would enter Adam's averages
+                p.grad = p.grad if p.grad is not None and p.grad.any() else None
+        means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip)
+        means = dict(zip(means, torch.stack([m.detach().float() for m in means.values()]).tolist()))
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise FloatingPointError(name)
+        self.optimiser.step()
+        self.schedule.step()
+        return means
+
+    def state_dict(self) -> dict:
+        """All that the next step depends on."""
+        return dict(optimiser=self.optimiser.state_dict(), schedule=self.schedule.state_dict())
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Go on from `state_dict`."""
+        for name in saved:
+            getattr(self, name).load_state_dict(saved[name])
+
+
+def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[Learner, Learner]:
+    """AdamW for the world model, Adam for the rest. NOTE(9): the published default is LaProp."""
+    # matrices and kernels decay; biases, norms, dt_bias, A_log and D do not
+    groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == matrix],
+                   weight_decay=cfg.weight_decay * matrix) for matrix in (True, False)]
+    acting = [*agent.actor.parameters(), *agent.critic.parameters()]
+    model_adam = torch.optim.AdamW(groups, cfg.model_lr, fused=True)
+    agent_adam = torch.optim.Adam(acting, cfg.actor_lr, eps=cfg.actor_eps, fused=True)
+    end = (cfg.steps - cfg.warmup) // cfg.train_every
+    fall, late = round(cfg.lr_fall * end), 3 * cfg.see_first  # updates before dreams begin
+    return (Learner(model_adam, cfg.model_clip, cfg.lr_warmup, fall, end),
+            Learner(agent_adam, cfg.actor_clip, cfg.lr_warmup, fall, end - late))
+
+
+# ---- 11 The run folder --------------------------------------------------------------------------
 
 VERSION = 2  # of the checkpoint. A setting added later must default to what was done before it
 ANYTIME = set("steps device out eval eval_envs checkpoint compile save_every draw_every".split())
@@ -1256,6 +1240,25 @@ def load_checkpoint(path: Path, device: torch.device, settings: dict) -> dict:
         raise Refusal(f"{path} has other settings: {', '.join(differ[:4])}; use another --out or "
                       "--seed, or the old values")
     return saved
+
+
+@dataclass
+class Progress:
+    """Where a run stands; a checkpoint keeps it."""
+
+    step: int = 0  # environment steps
+    seconds: float = 0.0  # spent on them, over all sittings
+    episode: int = 0  # episodes finished
+    first: bool = True  # the frame in hand opens an episode
+    total: float = 0.0  # reward of the episode in hand
+    length: int = 0  # its steps
+
+    def add(self, reward: float, over: bool) -> None:
+        """Count a step."""
+        if self.first:
+            self.total, self.length = 0.0, 0
+        self.step, self.length, self.total = self.step + 1, self.length + 1, self.total + reward
+        self.first, self.episode = over, self.episode + over
 
 
 class Run(contextlib.ExitStack):
@@ -1422,7 +1425,7 @@ class Run(contextlib.ExitStack):
         return 0
 
 
-# ---- 11 Pictures --------------------------------------------------------------------------------
+# ---- 12 Pictures --------------------------------------------------------------------------------
 
 
 def draw_curves(folder: Path, game: str):
@@ -1499,7 +1502,7 @@ def sheet(pictures: np.ndarray, names, title: str):
     return image
 
 
-# ---- 12 Command line ----------------------------------------------------------------------------
+# ---- 13 Command line ----------------------------------------------------------------------------
 
 # Atari 100k, mean scores: random play and human as published in [6], Drama in [1].
 SCORES = {game: dict(zip(("random", "human", "Drama"), map(float, scores)))
