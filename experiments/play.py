@@ -1,6 +1,7 @@
 """Step into the dream: the real game, its reconstruction and the dream side by side, in a browser.
 
-    python experiments/play.py                         GridWorld, from results/GridWorld.pt
+    python experiments/play.py                         Pong, from results/Pong.pt
+    python experiments/play.py --game GridWorld        the other one that comes along
     python experiments/play.py --run runs/Pong-0       your own training, also while it runs
     python experiments/play.py --gif dream.gif         no page: the agent plays in its dream
 
@@ -519,7 +520,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = drama.refuse
     add = parser.add_argument
-    add("--game", default="", help="which checkpoint of the repository (GridWorld)")
+    add("--game", default="", help="which checkpoint of the repository (Pong)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--run", type=Path, metavar="FOLDER", help="play from a run's checkpoint")
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="play from an exported one")
@@ -587,7 +588,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         own, cpu = parse(argv), torch.device("cpu")
         path = (own.run / "checkpoint.pt" if own.run else own.checkpoint or
-                HERE.parent / "results" / f"{own.game or 'GridWorld'}.pt")
+                HERE.parent / "results" / f"{own.game or 'Pong'}.pt")
         saved = drama.load_checkpoint(path, cpu, dict(game=own.game) if own.game else {})
         cfg = drama.Config(**saved["config"])
         stage = Stage(cfg, *drama.rebuild(saved, cfg, cpu), own.seed)
