@@ -58,6 +58,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import timeit
 import warnings
@@ -1328,6 +1329,7 @@ class Run(contextlib.ExitStack):
         self.stored = self.drawn = time.perf_counter()
         self.begun = self.stored - at.seconds
         with unless_it_fails("the bar"):
+            tqdm.set_lock(threading.RLock())  # a console that broke may still hold the last one
             self.bar = tqdm(total=cfg.steps, initial=at.step, unit="step", dynamic_ncols=True,
                             mininterval=2, smoothing=0.05)
             self.callback(unless_it_fails("the bar")(self.bar.close))
@@ -1540,7 +1542,8 @@ def validate(cfg: Config) -> Config:
     if cfg.expand * cfg.d_model % cfg.headdim:
         raise Refusal(f"--headdim {cfg.headdim}: does not divide --expand times --d-model")
     if cfg.warmup < max(cfg.batch_size + cfg.batch_length, cfg.context):
-        raise Refusal(f"--warmup {cfg.warmup}: less than --batch-size plus --batch-length")
+        raise Refusal(f"--warmup {cfg.warmup}: less than --context, or than "
+                      "--batch-size plus --batch-length")
     if cfg.game != "GridWorld":
         rom_name(cfg.game)
     return cfg

@@ -1715,7 +1715,8 @@ def test_what_is_exported_is_the_same_agent_in_half_the_bytes(capsys):
         assert kept.dtype == (torch.float16 if weight.ndim > 1 else weight.dtype)
         close(kept.float(), weight.float(), err_msg=name)
     cpu = torch.device("cpu")
-    its_model, its_agent = drama.rebuild(drama.load_checkpoint(Path("Grid.pt"), cpu), cfg, cpu)
+    its_model, its_agent = drama.rebuild(drama.load_checkpoint(Path("Grid.pt"), cpu, {}), cfg,
+                                            cpu)
     assert its_model.prior.weight.dtype == torch.float32 and not its_model.training
     feature = torch.randn(6, cfg.d_z + cfg.d_model)
     close(its_agent.actor(feature).detach(), agent.actor(feature).detach(), atol=0.02)
