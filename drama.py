@@ -1151,7 +1151,7 @@ class Learner:
 
     def load_state_dict(self, saved: dict) -> None:
         """Go on from `state_dict`."""
-        for name in saved:
+        for name in ("optimiser", "schedule"):
             getattr(self, name).load_state_dict(saved[name])
 
 
