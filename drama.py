@@ -1336,7 +1336,8 @@ class Run(contextlib.ExitStack):
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             with contextlib.suppress(AttributeError, ValueError):  # none there, or not in a thread
                 number = getattr(signal, name)
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as nohup ignores one
+                before = signal.getsignal(number)  # None: not set by Python; nohup ignores SIGHUP
+                if before is not None and (name, before) != ("SIGHUP", signal.SIG_IGN):
                     self.callback(signal.signal, number, signal.signal(number, self.interrupt))
         return frame
 
