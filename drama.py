@@ -55,8 +55,8 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -68,11 +68,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ale_py
+import gymnasium
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gymnasium.spaces import Discrete
-from gymnasium.vector import VectorEnv
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import SyncVectorEnv, VectorEnv
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -209,7 +210,7 @@ def make_env(game: str, num_envs: int, image_size: int) -> VectorEnv:
     episode's end the next `step` ignores its action and returns the next episode's first frame.
     """
     if game == "GridWorld":
-        return GridWorld(num_envs, image_size)
+        return SyncVectorEnv([functools.partial(GridWorld, image_size)] * num_envs)
     return ale_py.AtariVectorEnv(
         rom_name(game), num_envs, img_height=image_size, img_width=image_size, grayscale=False,
         stack_num=1, frameskip=4, maxpool=True, noop_max=30, repeat_action_probability=0.0,
@@ -222,7 +223,7 @@ def episode_over(terminated: np.ndarray, truncated: np.ndarray, info: dict) -> n
     return truncated | (terminated & (info["lives"] == 0))
 
 
-class GridWorld(VectorEnv):
+class GridWorld(gymnasium.Env):
     """The grid world of [1]: 5x5, the outer 16 cells black walls, a red agent, a yellow goal.
 
     Actions: up, down, left, right; a wall stops the agent. Reaching the goal gives reward 1 and
@@ -233,59 +234,48 @@ class GridWorld(VectorEnv):
     WALL, FLOOR, AGENT, GOAL = (0, 0, 0), (160, 160, 160), (255, 0, 0), (255, 255, 0)
     BEST = 31.85  # expected return of a perfect player (value iteration, in test_drama.py)
 
-    def __init__(self, num_envs: int, image_size: int):
-        self.num_envs, self.size = num_envs, image_size
-        self.single_action_space = Discrete(len(self.MOVES))
-        self.time = np.zeros(num_envs, np.int64)
-        self.agent, self.goal = np.zeros((2, num_envs, 2), np.int64)  # rows and columns
+    def __init__(self, image_size: int):
+        self.observation_space = Box(0, 255, (1, image_size, image_size, 3), np.uint8)
+        self.action_space = Discrete(len(self.MOVES))
 
-    def _place(self, i: int) -> None:
-        for cells, cell in zip((self.agent, self.goal),
-                               self.np_random.choice(self.SIDE**2, 2, replace=False)):
-            cells[i] = divmod(cell, self.SIDE)
+    def _place(self) -> None:
+        cells = self.np_random.choice(self.SIDE**2, 2, replace=False)
+        self.agent, self.goal = np.stack(np.divmod(cells, self.SIDE), 1)  # (row, column) each
 
-    def frames(self) -> np.ndarray:
-        """What is to be seen now: (n, 1, H, W, 3) uint8."""
-        grid = np.full((self.num_envs, self.SIDE + 2, self.SIDE + 2, 3), self.WALL, np.uint8)
-        grid[:, 1:-1, 1:-1] = self.FLOOR
-        for cells, colour in ((self.goal, self.GOAL), (self.agent, self.AGENT)):
-            grid[np.arange(self.num_envs), cells[:, 0] + 1, cells[:, 1] + 1] = colour
-        cell = np.arange(self.size) * grid.shape[1] // self.size  # the cell that a pixel shows
-        return grid[:, None, cell][:, :, :, cell]
+    def frame(self) -> np.ndarray:
+        """What is to be seen now: (1, H, W, 3) uint8."""
+        grid = np.full((self.SIDE + 2, self.SIDE + 2, 3), self.WALL, np.uint8)
+        grid[1:-1, 1:-1] = self.FLOOR
+        grid[tuple(self.goal + 1)], grid[tuple(self.agent + 1)] = self.GOAL, self.AGENT
+        size = self.observation_space.shape[1]
+        cell = np.arange(size) * len(grid) // size  # the cell that a pixel shows
+        return grid[None, cell][:, :, cell]
 
     def reset(self, *, seed=None, options=None):
-        """Start every episode -> (frames, info)."""
+        """Start an episode -> (frame, info)."""
         super().reset(seed=seed)
-        self.time[:] = 0
-        for i in range(self.num_envs):
-            self._place(i)
-        return self.frames(), {"lives": np.zeros(self.num_envs, np.int64)}
+        self.time = 0
+        self._place()
+        return self.frame(), {"lives": 0}
 
-    def step(self, actions):
-        """One step; the step after an end ignores the action and opens the next episode."""
-        reward = np.zeros(self.num_envs, np.int64)
-        for i, action in enumerate(actions):
-            if self.time[i] == self.STEPS:
-                self.time[i] = 0
-                self._place(i)
-                continue
-            self.time[i] += 1
-            self.agent[i] = np.clip(self.agent[i] + self.MOVES[action], 0, self.SIDE - 1)
-            if (self.agent[i] == self.goal[i]).all():
-                reward[i] = 1
-                self._place(i)
-        info = {"lives": np.zeros(self.num_envs, np.int64)}
-        return self.frames(), reward, np.zeros(self.num_envs, bool), self.time == self.STEPS, info
+    def step(self, action):
+        """One step -> frame, reward, terminated, truncated, info."""
+        self.time += 1
+        self.agent = np.clip(self.agent + self.MOVES[action], 0, self.SIDE - 1)
+        reached = bool((self.agent == self.goal).all())
+        if reached:
+            self._place()
+        return self.frame(), float(reached), False, self.time == self.STEPS, {"lives": 0}
 
     def state_dict(self) -> dict:
         """All that the next step depends on: ALE's vector environment has no such thing."""
-        return dict(agent=self.agent.tolist(), goal=self.goal.tolist(), time=self.time.tolist(),
+        return dict(agent=self.agent.tolist(), goal=self.goal.tolist(), time=self.time,
                     rng=json.dumps(self.np_random.bit_generator.state))
 
     def load_state_dict(self, saved: dict) -> None:
         """Go on from `state_dict`."""
-        for name in ("agent", "goal", "time"):
-            getattr(self, name)[:] = saved[name]
+        self.agent, self.goal = np.array(saved["agent"]), np.array(saved["goal"])
+        self.time = saved["time"]
         self.np_random.bit_generator.state = json.loads(saved["rng"])
 
 
@@ -757,19 +747,13 @@ class SequenceModel(nn.Module):
         self.dropout, self.norm = nn.Dropout(cfg.dropout), nn.RMSNorm(d)
 
     def forward(self, z: Tensor, action: Tensor, states=None, first=None) -> tuple[Tensor, list]:
-        """z (b, l, K*C), action (b, l), first (b, l) bool -> d (b, l, d_model), a state a layer."""
+        """z (b, l, K*C), action (b, l), first (b, l) bool -> d (b, l, d_model), a state a layer.
+
+        One token: z (b, K*C), action (b,), states -> d (b, d_model), a new state a layer.
+        """
         u, after = self.stem(torch.cat([z, F.one_hot(action, self.num_actions)], -1)), []
         for norm, layer, state in zip(self.norms, self.layers, states or [None] * len(self.layers)):
-            y, state = layer(norm(u), state, first)
-            u = u + self.dropout(y)
-            after.append(state)
-        return self.norm(u), after
-
-    def step(self, z: Tensor, action: Tensor, states: list) -> tuple[Tensor, list]:
-        """One token: z (b, K*C), action (b,) -> d (b, d_model), new states."""
-        u, after = self.stem(torch.cat([z, F.one_hot(action, self.num_actions)], -1)), []
-        for norm, layer, state in zip(self.norms, self.layers, states):
-            y, state = layer.step(norm(u), state)
+            y, state = layer.step(norm(u), state) if u.ndim == 2 else layer(norm(u), state, first)
             u = u + self.dropout(y)
             after.append(state)
         return self.norm(u), after
@@ -842,10 +826,6 @@ class WorldModel(nn.Module):
         """d_t (..., d_model) -> log P(z_{t+1} | d_t), the prior, (..., K, C)."""
         return self._categoricals(self.prior(d))
 
-    def one_hot(self, classes: Tensor) -> Tensor:
-        """Latent classes (..., K) -> flat latents (..., K*C)."""
-        return F.one_hot(classes.long(), self.cfg.classes).flatten(-2).float()
-
     def reconstruction_error(self, z: Tensor, frame: Tensor) -> Tensor:
         """z (b, l, K*C), frame (b, l, H, W, 3) -> squared error summed over a frame, (b, l).
 
@@ -901,7 +881,7 @@ class WorldModel(nn.Module):
         for _ in range(self.cfg.horizon):
             log_pi = actor(features[-1]).float().log_softmax(-1)
             actions.append(draw_one_hot(log_pi).argmax(-1))
-            d, states = self.sequence.step(z, actions[-1], states)
+            d, states = self.sequence(z, actions[-1], states)
             # no frame here: the guess takes the encoder's place. This is the dream
             z = draw_one_hot(self.log_prior(d)).flatten(-2)
             ds.append(d)
@@ -1004,19 +984,13 @@ class ActorCritic(nn.Module):
                             imagined_value=value.mean(), imagined_end=dream.end.mean(),
                             return_scale=self.scale, policy_entropy=entropy.mean())
 
-    @torch.no_grad()
-    def update_slow_critic(self) -> None:
-        """slow = decay slow + (1 - decay) critic."""
-        for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters()):
-            slow.lerp_(fast, 1 - self.cfg.slow_decay)
-
 
 def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
     """Dream on from contexts drawn by DFS, then one update on the dreams -> metrics."""
     rows = replay.draw_contexts()
     model.eval()
     if cfg.stored_latents:  # NOTE(10): as last encoded, not the context's frames encoded anew
-        z = model.one_hot(replay.latent[rows])
+        z = F.one_hot(replay.latent[rows].long(), cfg.classes).flatten(-2).float()
     else:
         with torch.no_grad():  # in parts, or 8,192 frames would leave a CPU's cache
             z = torch.cat([draw_one_hot(model.encode(replay.batch(part).frame)).flatten(-2)
@@ -1024,7 +998,8 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
     dream = model.imagine(agent.actor, z, replay.action[rows], replay.first[rows])
     losses, metrics = agent.loss(dream)
     means = learner.step(losses, agent.weights)
-    agent.update_slow_critic()
+    for slow, fast in zip(agent.slow_critic.parameters(), agent.critic.parameters()):
+        slow.lerp_(fast.detach(), 1 - cfg.slow_decay)
     means["actor_gradient_norm"] = means.pop("gradient_norm")
     return {**means, **{name: x.item() for name, x in metrics.items()}}
 
@@ -1034,28 +1009,21 @@ class Player:
 
     def __init__(self, cfg: Config, model: WorldModel, agent: ActorCritic, num_envs: int, device):
         self.model, self.agent = model, agent
-        self.d = torch.zeros(num_envs, cfg.d_model, device=device)
-        self.states = model.sequence.initial_states(num_envs)
+        self.memory = (torch.zeros(num_envs, cfg.d_model, device=device),
+                       model.sequence.initial_states(num_envs))  # d_{t-1}, h_{t-1}
 
     @torch.inference_mode()
     def act(self, frame: Tensor, first: Tensor, at_random: bool = False) -> tuple[Tensor, Tensor]:
         """frame (n, H, W, 3) uint8, first (n,) bool -> action (n,), latent classes (n, K)."""
         z = draw_one_hot(self.model.encode(frame))
-        d, states = self.d.masked_fill(first[:, None], 0), clear(self.states, first)
+        d, states = self.memory
+        d, states = d.masked_fill(first[:, None], 0), clear(states, first)
         logits = self.agent.actor(torch.cat([z.flatten(-2), d], -1)).float()
         if at_random:
             logits = torch.zeros_like(logits)
         action = draw_one_hot(logits.log_softmax(-1)).argmax(-1)
-        self.d, self.states = self.model.sequence.step(z.flatten(-2), action, states)
+        self.memory = self.model.sequence(z.flatten(-2), action, states)
         return action, z.argmax(-1)
-
-    def state_dict(self) -> dict:
-        """What it remembers."""
-        return dict(d=self.d, states=self.states)
-
-    def load_state_dict(self, saved: dict) -> None:
-        """Go on from `state_dict`."""
-        self.d, self.states = saved["d"], saved["states"]
 
 
 # ---- 9 train ------------------------------------------------------------------------------------
@@ -1071,8 +1039,8 @@ def train(cfg: Config, run: Run) -> int:
     agent = ActorCritic(cfg, num_actions).to(device)
     model_learner, agent_learner = make_learners(cfg, model, agent)
     replay, player = Replay(cfg, device), Player(cfg, model, agent, 1, device)
-    frame = run.start(at, env, model=model, agent=agent, model_learner=model_learner,
-                      agent_learner=agent_learner, replay=replay, player=player)
+    frame = run.start(at, env, player, model=model, agent=agent, replay=replay,
+                      model_learner=model_learner, agent_learner=agent_learner)
     while at.step < cfg.steps and not run.interrupted:
         # ACT
         model.eval()
@@ -1171,7 +1139,7 @@ def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[L
 
 # ---- 11 The run folder --------------------------------------------------------------------------
 
-VERSION = 2  # of the checkpoint. A setting added later must default to what was done before it
+# settings that may change when a run goes on. One added later must default to what was done before
 ANYTIME = set("steps device out eval eval_envs checkpoint compile save_every draw_every".split())
 EPISODES = "step seconds episode return length".split()
 METRICS = ("reconstruction reward termination dynamics representation gradient_norm kl "
@@ -1275,41 +1243,35 @@ class Run(contextlib.ExitStack):
         """Lock the folder and read the checkpoint, if any -> whether there are steps to do."""
         cfg, step = self.cfg, 0
         self.dir.mkdir(parents=True, exist_ok=True)
-        file = self.enter_context(open(self.dir / "lock", "a+"))
-        try:  # the system frees it when the process dies
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise Refusal(f"{self.dir} is in use by another process; use another --out") from None
-        except OSError as error:
+        lock = self.enter_context(contextlib.closing(sqlite3.connect(self.dir / "lock", 0)))
+        try:  # SQLite knows each system's locks; they are gone when the process is
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise Refusal(f"{self.dir} is in use by another process; "
+                              "use another --out") from None
             say(f"{self.dir} has no locks ({error}); start no second run in it", sys.stderr)
         self.device, self.precision = choose_device(cfg)
         if self.checkpoint.exists():
             self.saved = load_checkpoint(self.checkpoint, self.device, vars(cfg))
             step = self.saved["at"]["step"]
-        need = 3 * cfg.image_size**2 * (cfg.steps - step) / 1e9
-        if need > shutil.disk_usage(self.dir).free / 1e9:
-            raise Refusal(f"{self.dir}: {cfg.steps:,} steps need {need:.2f} GB more of disk")
         if step >= cfg.steps:
             say(f"{self.dir} is finished at step {step:,}; to go on, give a larger --steps")
         return step < cfg.steps
 
-    def start(self, at: Progress, env: VectorEnv, **parts) -> np.ndarray:
+    def start(self, at: Progress, env: VectorEnv, player: Player, **parts) -> np.ndarray:
         """Go on from the checkpoint, if any -> the first frame.
 
-        parts: all that a checkpoint keeps, by name, each with state_dict and load_state_dict.
+        parts: what a checkpoint keeps besides, by name, with state_dict and load_state_dict.
         """
-        cfg, self.parts, self.kept, self.pending, self.shown = self.cfg, parts, 0, {}, {}
+        cfg, self.parts, self.player = self.cfg, parts, player
+        self.kept, self.pending, self.shown = 0, {}, {}
         # the modules that keep a random generator; the environment has its own
         accelerator = getattr(torch, self.device.type)
         self.random = [torch] if accelerator is torch.cpu else [torch, accelerator]
         frame = env.reset(seed=cfg.seed + (self.saved["at"]["step"] if self.saved else 0))[0]
-        if hasattr(env, "state_dict"):  # Atari has none: a resume opens a new episode
-            parts["env"] = env
+        if cfg.game == "GridWorld":  # Atari has no state_dict: a resume opens a new episode
+            parts["env"] = env.envs[0].unwrapped
         if self.saved:
             frame = self.restore(at, frame)
         else:
@@ -1333,12 +1295,10 @@ class Run(contextlib.ExitStack):
             self.bar = tqdm(total=cfg.steps, initial=at.step, unit="step", dynamic_ncols=True,
                             mininterval=2, smoothing=0.05)
             self.callback(unless_it_fails("the bar")(self.bar.close))
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            with contextlib.suppress(AttributeError, ValueError):  # none there, or not in a thread
-                number = getattr(signal, name)
-                before = signal.getsignal(number)  # None: not set by Python; nohup ignores SIGHUP
-                if before is not None and (name, before) != ("SIGHUP", signal.SIG_IGN):
-                    self.callback(signal.signal, number, signal.signal(number, self.interrupt))
+        if threading.current_thread() is threading.main_thread():  # no other may set signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, self.interrupt)
+                self.callback(signal.signal, number, before or signal.SIG_DFL)
         return frame
 
     def interrupt(self, number, _) -> None:
@@ -1353,6 +1313,7 @@ class Run(contextlib.ExitStack):
         with or_refuse(f"{self.checkpoint} or frames.bin does not fit", "use another --out"):
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
+            self.player.memory = saved["memory"]
             vars(at).update(saved["at"])
             self.pending = {name: [*map(float, found)] for name, found in saved["pending"].items()}
             if saved["device"] == self.device.type:  # a resume elsewhere chooses anew
@@ -1362,16 +1323,17 @@ class Run(contextlib.ExitStack):
             data = np.fromfile(self.frames, np.uint8, frames[:at.step].numel())
             frames[:at.step] = torch.from_numpy(data).view(-1, *frames.shape[1:])
             self.kept, at.first = at.step, at.first or "env" not in self.parts
-            return self.parts["env"].frames() if "env" in self.parts else frame
+            return self.parts["env"].frame()[None] if "env" in self.parts else frame
 
     def save(self, at: Progress) -> None:
         """Append the frames, then write the checkpoint aside, flush and rename it: never torn."""
         frame, buffer, aside = self.parts["replay"].frame, io.BytesIO(), self.dir / "checkpoint.new"
         self.stored = time.perf_counter()
         at.seconds = self.stored - self.begun
-        torch.save({"version": VERSION, "config": dict(vars(self.cfg)), "at": vars(at),
-                    "device": self.device.type, "precision": self.precision,
-                    "pending": self.pending, "generators": [m.get_rng_state() for m in self.random],
+        torch.save({"config": dict(vars(self.cfg)), "at": vars(at), "pending": self.pending,
+                    "memory": self.player.memory, "device": self.device.type,
+                    "precision": self.precision,
+                    "generators": [m.get_rng_state() for m in self.random],
                     **{name: part.state_dict() for name, part in self.parts.items()}}, buffer)
         os.truncate(self.frames, self.kept * frame[0].numel())  # what came after the last one
         for path, mode, data in ((self.frames, "ab", frame[self.kept:at.step].cpu().numpy()),
@@ -1409,11 +1371,11 @@ class Run(contextlib.ExitStack):
             self.draw()
 
     def draw(self) -> None:
-        """All pictures."""
-        with unless_it_fails("curves.png"):
-            draw_curves(self.dir, self.cfg.game)
-        with unless_it_fails("dream.gif"):
-            draw_dreams(self.dir, self.cfg, self.parts["model"], self.parts["replay"])
+        """curves.png, dream.gif and dream.png."""
+        with unless_it_fails("drawing"):
+            from experiments import pictures
+            pictures.draw_curves(self.dir, self.cfg.game, levels(self.cfg.game))
+            pictures.draw_dreams(self.dir, self.cfg, self.parts["model"], self.parts["replay"])
         self.drawn = time.perf_counter()
 
     def end(self, at: Progress) -> int:
@@ -1428,97 +1390,16 @@ class Run(contextlib.ExitStack):
         return 0
 
 
-# ---- 12 Pictures --------------------------------------------------------------------------------
+# ---- 12 Command line ----------------------------------------------------------------------------
 
 
-def draw_curves(folder: Path, game: str):
-    """curves.png, from the two tables -> the figure."""
-    import matplotlib.style
-    from matplotlib.figure import Figure  # no pyplot: it would ask for a screen
-    episodes, metrics = (list(csv.DictReader((folder / name).read_text().splitlines()))
-                         for name in ("episodes.csv", "metrics.csv"))
-    panels = ("return", "reconstruction", "kl dynamics", "reward termination", "policy_entropy",
-              "imagined_return imagined_value", "imagined_reward batch_reward", "value slow_value")
-    with matplotlib.style.context("default"):  # the same picture whatever the user's settings
-        figure = Figure(figsize=(16, 7), layout="tight")
-        for axis, names in zip(figure.subplots(2, 4).flat, panels):
-            rows = episodes if names == "return" else metrics
-            for name in names.split():
-                values = [float(row[name]) for row in rows]
-                axis.plot([float(row["step"]) for row in rows], values, ".-", ms=2, label=name)
-            for i, (name, level) in enumerate(LEVELS.get(game, {}).items()):
-                if names == "return":
-                    axis.axhline(level, ls="--", lw=1, color=f"C{i + 1}", label=name)
-            axis.set(title=f"{game}: {names.replace(' ', ', ')}", xlabel="environment steps")
-            axis.legend(fontsize="small")
-        figure.savefig(folder / "curves.png", dpi=80)
-    return figure
-
-
-@torch.no_grad()
-def draw_dreams(folder: Path, cfg: Config, model: WorldModel, replay: Replay) -> None:
-    """dream.gif and 12 of its frames, dream.png: real frames, reconstruction, open-loop dream.
-
-    Open-loop: after the context its latents are drawn from the prior alone, for the same actions.
-    """
-    from PIL import Image
-    context, length, device = cfg.context, cfg.context + cfg.picture_steps, replay.device
-    if replay.size < length:
-        return
-    model.eval()
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        starts = torch.randint(replay.size - length + 1, (100, 1), device=device)
-        rows = starts + torch.arange(length, device=device)
-        calm = replay.first[rows[:, 1:]].sum(1).argmin()  # if possible, where no episode opens
-        batch = replay.batch(rows[calm, None])
-        z = draw_one_hot(model.encode(batch.frame)).flatten(-2)
-        d, states = model.sequence(z[:, :context], batch.action[:, :context], None,
-                                   batch.first[:, :context])
-        dreamt, d = [*z[:, :context].unbind(1)], d[:, -1]
-        for action in batch.action[:, context:].unbind(1):
-            dreamt.append(draw_one_hot(model.log_prior(d)).flatten(-2))
-            d, states = model.sequence.step(dreamt[-1], action, states)
-    drawn = [model.decode(latents)[0].movedim(1, -1) for latents in (z, torch.stack(dreamt, 1))]
-    film = torch.stack([batch.frame[0], *((255 * x).byte() for x in drawn)], 1)  # (l, 3, H, W, 3)
-    when = ["seen"] * context + [f"dreamt +{k + 1}" for k in range(cfg.picture_steps)]
-    shots = [sheet(pictures, ("real", "reconstruction", "dream"),
-                   f"{cfg.game}, step {replay.size:,}: {t}")
-             for pictures, t in zip(film.cpu().numpy(), when)]
-    shots[0].save(folder / "dream.gif", save_all=True, append_images=shots[1:], duration=120,
-                  loop=0)
-    few = [np.asarray(shots[t]) for t in np.linspace(0, length - 1, 12).astype(int)]
-    rows = [np.hstack(few[i:i + 4]) for i in (0, 4, 8)]
-    Image.fromarray(np.vstack(rows)).save(folder / "dream.png")
-
-
-def sheet(pictures: np.ndarray, names, title: str):
-    """Pictures (n, H, W, 3) side by side, each under its name, and a title -> a PIL image."""
-    from PIL import Image, ImageDraw, ImageFont
-    (n, h, w, _), side, top, font = pictures.shape, 128, 44, ImageFont.load_default(16)
-    row = Image.fromarray(pictures.swapaxes(0, 1).reshape(h, n * w, 3))
-    image = Image.new("RGB", (n * side, top + side))
-    image.paste(row.resize((n * side, side), Image.Resampling.NEAREST), (0, top))
-    draw = ImageDraw.Draw(image)
-    draw.text((4, 2), title, "white", font)
-    for i, name in enumerate(names):
-        draw.text((i * side + 4, 22), name, "white", font)
-    return image
-
-
-# ---- 13 Command line ----------------------------------------------------------------------------
-
-# Atari 100k, mean scores: random play and human as published in [6], Drama in [1].
-SCORES = {game: dict(zip(("random", "human", "Drama"), map(float, scores)))
-          for game, *scores in re.findall(r"(\w+) (\S+) (\S+) (\S+)", """
-    Alien 227.8 7127.7 820 Amidar 5.8 1719.5 131 Assault 222.4 742 539 Asterix 210 8503.3 1632
-    BankHeist 14.2 753.1 137 BattleZone 2360 37187.5 10860 Boxing 0.1 12.1 78 Breakout 1.7 30.5 7
-    ChopperCommand 811 7387.8 1642 CrazyClimber 10780.5 35829.4 83931 DemonAttack 152.1 1971 201
-    Freeway 0 29.6 15 Frostbite 65.2 4334.7 785 Gopher 257.6 2412.5 2757 Hero 1027 30826.4 7946
-    Jamesbond 29 302.8 372 Kangaroo 52 3035 1384 Krull 1598 2665.5 9693
-    KungFuMaster 258.5 22736.3 23920 MsPacman 307.3 6951.6 2270 Pong -20.7 14.6 15
-    PrivateEye 24.9 69571.3 90 Qbert 163.9 13455 796 RoadRunner 11.5 7845 14020
-    Seaquest 68.4 42054.7 497 UpNDown 533.4 11693.2 7387""")}
-LEVELS = {"GridWorld": {"best possible": GridWorld.BEST}, **SCORES}
+def levels(game: str) -> dict[str, float]:
+    """Mean scores to compare with, as published: {who: score}, none for a game without any."""
+    if game == "GridWorld":
+        return {"best possible": GridWorld.BEST}
+    with open(Path(__file__).parent / "results" / "atari100k.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["game"] == game]
+    return {who: float(row[who]) for row in rows for who in ("random", "human", "Drama")}
 
 
 def rom_name(game: str) -> str:
@@ -1619,8 +1500,10 @@ def evaluate(cfg: Config, given: set[str], run: Run) -> int:
         say(f"scores: {' '.join(f'{s:g}' for s in score)}")
     mean = float(np.mean(scores))
     say(f"{cfg.game} at step {step:,}, {cfg.eval} episodes: mean {mean:.2f}, standard deviation "
-        f"{np.std(scores):.2f}"
-        + "".join(f"; {name} {level:g}" for name, level in LEVELS.get(cfg.game, {}).items()))
+        f"{np.std(scores):.2f}")
+    with unless_it_fails("comparing"):
+        say("; ".join(f"{who} {score:g}" for who, score in levels(cfg.game).items())
+            or "nothing published to compare with")
     result = dict(game=cfg.game, seed=cfg.seed, step=step, episodes=cfg.eval, mean=mean,
                   scores=scores)
     if not cfg.checkpoint:

@@ -115,9 +115,9 @@ CATALOGUE = (
         "not at once", "the scale jumps"),
     Bug("ActorCritic.loss", "self.scale.clamp(min=1)", "self.scale", 10,
         "1 at least", "small returns are blown up"),
-    Bug("Player.act", "self.d.masked_fill(first[:, None], 0)", "self.d", 11,
+    Bug("Player.act", "d.masked_fill(first[:, None], 0)", "d", 11,
         "d_{t-1} is zero where an episode opens", "acts on the last episode's d"),
-    Bug("Player.act", "clear(self.states, first)", "self.states", 11,
+    Bug("Player.act", "clear(states, first)", "states", 11,
         "states are cleared where", "carries the last episode's state on"),
 )
 

@@ -140,7 +140,7 @@ TASKS = (
         "WorldModel.imagine": Blank("""\
     # Read the context but its last frame: that gives d and the states. Where the last frame
     # opens an episode (first) both are cleared. Then `horizon` times: the actor reads [z, d]
-    # and an action is drawn; self.sequence.step gives the next d; z is drawn from the prior.
+    # and an action is drawn; self.sequence gives the next d; z is drawn from the prior.
     # Reward and end are read off the d that follows the action. Return a Dream.
     b, k = action.shape
     assert z.shape == (b, k, self.cfg.d_z) and first.shape == (b, k)

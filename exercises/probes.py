@@ -96,19 +96,17 @@ class Memory(nn.Module):
         """Zero."""
         return [(self.W.new_zeros(batch, self.W.shape[1]),)]
 
-    def step(self, z: Tensor, action: Tensor, states: list) -> tuple[Tensor, list]:
-        """z (b, K*C), action (b,) -> d (b, d_model), states."""
-        d = self.keep * states[0][0] + z.detach().float() @ self.W + self.V[action]
-        return d, [(d,)]
-
     def forward(self, z: Tensor, action: Tensor, states=None, first=None) -> tuple[Tensor, list]:
-        """z (b, l, K*C), action (b, l), first (b, l) -> d (b, l, d_model), states."""
+        """z (b, l, K*C), action (b, l), first (b, l) -> d (b, l, d_model), states; or one token."""
+        if action.ndim == 1:
+            d = self.keep * states[0][0] + z.detach().float() @ self.W + self.V[action]
+            return d, [(d,)]
         b, l = action.shape
         states, ds = states or self.initial_states(b), []
         for t in range(l):
             if first is not None:
                 states = [(states[0][0] * ~first[:, t, None],)]
-            d, states = self.step(z[:, t], action[:, t], states)
+            d, states = self(z[:, t], action[:, t], states)
             ds.append(d)
         return torch.stack(ds, 1), states
 

@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drama  # noqa: E402
+from experiments.suite import PUBLISHED  # noqa: E402
 
 COLOURS = "#1f5fa8", "#7a7a7a", "#e07b00", "#2a8a3e", "#8b3fa0"
 AXES = {"steps": "environment steps", "minutes": "minutes"}
@@ -46,9 +47,9 @@ class Episodes(NamedTuple):
 
 def random_return(episodes: int = 500) -> float:
     """Mean return of uniformly random actions in GridWorld."""
-    env, rng = drama.GridWorld(episodes, image_size=8), np.random.default_rng(0)
+    env, rng = drama.make_env("GridWorld", episodes, 8), np.random.default_rng(0)
     env.reset(seed=0)
-    actions = rng.integers(len(env.MOVES), size=(env.STEPS, episodes))
+    actions = rng.integers(len(drama.GridWorld.MOVES), size=(drama.GridWorld.STEPS, episodes))
     return sum(env.step(a)[1].sum() for a in actions) / episodes
 
 
@@ -128,7 +129,7 @@ def draw_folder(folder: Path, k: int):
     """A panel for each game of Atari 100k that has begun, a curve for each seed."""
     from matplotlib import pyplot
     files = {game: [path for path in sorted(folder.glob(f"{game}-*/episodes.csv"))
-                    if path.stat().st_size] for game in drama.SCORES}
+                    if path.stat().st_size] for game in PUBLISHED}
     files = {game: paths for game, paths in files.items() if paths}
     if not files:
         drama.refuse(f"--folder {folder}: no episode of any game has ended")
@@ -144,7 +145,7 @@ def draw_folder(folder: Path, k: int):
             run, seed = read(path, k), f"seed {path.parent.name.rpartition('-')[2]}"
             lines[seed], = axis.plot(run.steps / 1000, run.mean, color=colour, label=seed)
         for name, style in (("random", ":"), ("human", "--"), ("Drama", "-")):
-            lines[name] = axis.axhline(drama.SCORES[game][name], ls=style, lw=1, color="black")
+            lines[name] = axis.axhline(float(PUBLISHED[game][name]), ls=style, lw=1, color="black")
         axis.set_title(game, fontsize="medium")
         axis.tick_params(labelsize="small")
     figure.legend(lines.values(), lines.keys(), ncols=len(lines), loc="outside lower center",
@@ -154,14 +155,14 @@ def draw_folder(folder: Path, k: int):
 
 def compare(args):
     """Read the files, tell of each, draw."""
-    if args.game not in ("GridWorld", *drama.SCORES):
+    if args.game not in ("GridWorld", *PUBLISHED):
         drama.refuse(f"--game {args.game}: neither GridWorld nor of Atari 100k")
     if args.dreamerv3 and args.game not in DREAMER_V3:
         drama.refuse(f"--dreamerv3: no curve of {args.game}, only of {', '.join(DREAMER_V3)}")
     if args.game == "GridWorld":
         levels = {"random": random_return(), "best possible": drama.GridWorld.BEST}
     else:
-        levels = {k: drama.SCORES[args.game][k] for k in ("random", "human", "Drama")}
+        levels = drama.levels(args.game)
     groups = {}
     for name, *patterns in args.group:
         files = sorted(file for pattern in patterns for file in glob.glob(pattern) or [pattern])

@@ -25,7 +25,7 @@ def export(saved: dict) -> dict:
     """A training checkpoint -> what playing needs, under the same names."""
     agent = halve(saved["agent"])  # one tensor under two names is written once
     agent |= {name: agent[name.removeprefix("slow_")] for name in agent if "slow_" in name}
-    return dict(version=saved["version"], config=saved["config"],
+    return dict(config=saved["config"],
                 at=dict(step=saved["at"]["step"]), model=halve(saved["model"]), agent=agent)
 
 

@@ -136,7 +136,7 @@ def arrow(axis, start: tuple, end: tuple, words: str = "", colour: str = "0.25",
 
 def draw_model():
     """Two steps of learning the world, two steps of a dream."""
-    env = drama.GridWorld(1, 64)
+    env = drama.make_env("GridWorld", 1, 64)
     frames = [env.reset(seed=3)[0][0, 0], env.step(np.array([1]))[0][0, 0]]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 5.6))
     for axis, awake in zip(axes, (True, False)):
@@ -299,7 +299,7 @@ def draw_dream(run: Trained):
         guess = run.model.log_prior(d)
         surprise.append(drama.kl_divergence(seen.log_post[:, t], guess).item())
         dreamt.append(drama.draw_one_hot(guess).flatten(-2))  # no frame: the guess takes its place
-        d, states = run.model.sequence.step(dreamt[-1], action[:, t], states)
+        d, states = run.model.sequence(dreamt[-1], action[:, t], states)
     dreamt = run.model.decode(torch.stack(dreamt, 1))[0]
     shown = [k for k in (1, 2, 4, 6, 8, 12, 16, 24, 32) if k <= steps]
     figure = pyplot.figure(figsize=(10, 5.4))

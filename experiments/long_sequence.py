@@ -107,7 +107,7 @@ class Predictor(nn.Module):
     def step(self, token, place: int, states):
         """One token (b,) at a place in its frame -> logits (b, 4), states."""
         place = torch.full_like(token, place)
-        d, states = self.sequence.step(self.one_hot(token), place, states)
+        d, states = self.sequence(self.one_hot(token), place, states)
         return self.head(d), states
 
     @staticmethod

@@ -40,6 +40,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import drama  # noqa: E402
+from experiments import pictures  # noqa: E402
 
 KEYS = {"arrowup": "UP", "w": "UP", "arrowdown": "DOWN", "s": "DOWN", "arrowleft": "LEFT",
         "a": "LEFT", "arrowright": "RIGHT", "d": "RIGHT", " ": "FIRE"}
@@ -59,7 +60,7 @@ COLAB = "colab.googleusercontent.com"  # the end of the name by which Colab pass
 
 def action_names(env) -> list[str]:
     """The game's actions, in the order of their numbers."""
-    if isinstance(env, drama.GridWorld):
+    if not hasattr(env, "ale"):  # GridWorld
         return ["UP", "DOWN", "LEFT", "RIGHT"]
     return [action.name for action in env.ale.get_action_set()]
 
@@ -134,7 +135,7 @@ class Stage:
     def step(self, action: int) -> None:
         """The same action in the game and in the dream."""
         self.chosen_from, both = self.log_pi, np.array([action])
-        d, states = self.model.sequence.step(self.z, torch.tensor([action, action]), self.states)
+        d, states = self.model.sequence(self.z, torch.tensor([action, action]), self.states)
         prior = self.model.log_prior(d)  # (2, K, C), of the frame to come
         self.end = self.model.termination(d).squeeze(-1).sigmoid().tolist()
         frame, reward, *over = self.env.step(both)
@@ -201,7 +202,7 @@ def png(picture: np.ndarray) -> bytes:
 
 
 def shoot(stage: Stage) -> tuple:
-    """The present, for a recording: what `drama.sheet` makes a picture of."""
+    """The present, for a recording: what `pictures.sheet` makes a picture of."""
     pictures = stage.pictures & 0xf8  # less noise: half the bytes
     for picture, red in zip(pictures, (stage.high, False, stage.ended)):
         if red:
@@ -214,7 +215,7 @@ def shoot(stage: Stage) -> tuple:
 
 def write_gif(shots, file, speed: int) -> None:
     """An endless GIF of what `shoot` took."""
-    images = [drama.sheet(*shot).quantize(64, Image.Quantize.FASTOCTREE) for shot in shots]
+    images = [pictures.sheet(*shot).quantize(64, Image.Quantize.FASTOCTREE) for shot in shots]
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], loop=0,
                    duration=max(20, round(1000 / speed)))
 

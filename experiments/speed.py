@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drama  # noqa: E402
+from experiments import pictures  # noqa: E402
 
 ACTIONS, REPEATS = 6, 5
 
@@ -72,8 +73,8 @@ def make_stages(cfg, run, model, agent, rows: int, device, autocast) -> dict:
 
     def draw():
         """Both pictures."""
-        drama.draw_curves(run.dir, cfg.game)
-        drama.draw_dreams(run.dir, cfg, model, replay)
+        pictures.draw_curves(run.dir, cfg.game, drama.levels(cfg.game))
+        pictures.draw_dreams(run.dir, cfg, model, replay)
 
     return {
         "act": act,

@@ -359,9 +359,9 @@ def main(argv: list[str] | None = None) -> int:
                         "atari100k in --folder")
     try:
         args, flags = parser.parse_known_args(argv)
-        games = list(drama.SCORES) if args.games == ["all"] else args.games
+        games = list(PUBLISHED) if args.games == ["all"] else args.games
         for game in games:
-            if game not in drama.SCORES:
+            if game not in PUBLISHED:
                 raise drama.Refusal(f"--games {game}: not a game of Atari 100k")
         for name in ("seeds", "jobs", "eval"):
             if getattr(args, name) < 1:

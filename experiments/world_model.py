@@ -112,7 +112,7 @@ def rewards_dreamt(cfg, model, batch, z) -> tuple[np.ndarray, np.ndarray]:
     d, total = d[:, -1], 0
     for action in batch.action[:, cfg.context:].unbind(1):
         now = drama.draw_one_hot(model.log_prior(d)).flatten(-2)
-        d, states = model.sequence.step(now, action, states)
+        d, states = model.sequence(now, action, states)
         total = total + model.two_hot.mean(model.reward(d))
     whole = ~batch.first[:, cfg.context:].any(1)
     real = batch.reward[:, cfg.context:].sum(1)
@@ -153,7 +153,7 @@ def look(cfg, model, batch) -> dict[str, torch.Tensor]:
         out = out[:, -1]
         for k in range(t - AHEAD + 1, t + 1):
             drawn = drama.draw_one_hot(model.log_prior(out)).flatten(-2)
-            out, states = model.sequence.step(drawn, batch.action[:, k], states)
+            out, states = model.sequence(drawn, batch.action[:, k], states)
         dreamt.append(drawn)
     real = batch.frame.permute(0, 1, 4, 2, 3).float() / 255
     return {"real": real[:, AHEAD:], "reconstruction": model.decode(z[:, AHEAD:]),
