@@ -1245,7 +1245,7 @@ class Run(contextlib.ExitStack):
         self.dir.mkdir(parents=True, exist_ok=True)
         lock = self.enter_context(contextlib.closing(sqlite3.connect(self.dir / "lock", 0)))
         try:  # SQLite knows each system's locks; they are gone when the process is
-            lock.execute("BEGIN EXCLUSIVE")
+            lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise Refusal(f"{self.dir} is in use by another process; "
@@ -1266,6 +1266,10 @@ class Run(contextlib.ExitStack):
         """
         cfg, self.parts, self.player = self.cfg, parts, player
         self.kept, self.pending, self.shown = 0, {}, {}
+        if threading.current_thread() is threading.main_thread():  # no other may set signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, self.interrupt)
+                self.callback(signal.signal, number, before or signal.SIG_DFL)
         # the modules that keep a random generator; the environment has its own
         accelerator = getattr(torch, self.device.type)
         self.random = [torch] if accelerator is torch.cpu else [torch, accelerator]
@@ -1295,10 +1299,6 @@ class Run(contextlib.ExitStack):
             self.bar = tqdm(total=cfg.steps, initial=at.step, unit="step", dynamic_ncols=True,
                             mininterval=2, smoothing=0.05)
             self.callback(unless_it_fails("the bar")(self.bar.close))
-        if threading.current_thread() is threading.main_thread():  # no other may set signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.signal(number, self.interrupt)
-                self.callback(signal.signal, number, before or signal.SIG_DFL)
         return frame
 
     def interrupt(self, number, _) -> None:

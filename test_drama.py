@@ -1438,7 +1438,7 @@ def test_second_process_and_ctrl_c(capsys):
     table = OUT / "metrics.csv"
     with subprocess.Popen([sys.executable, drama.__file__, *TINY, *flags], text=True,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and not (table.exists() and table.stat().st_size):
+        while process.poll() is None and not (table.exists() and len(rows("metrics"))):
             time.sleep(0.1)
         assert go() == 2 and "run is in use by another process" in capsys.readouterr().err
         process.send_signal(signal.SIGINT)
@@ -3331,7 +3331,7 @@ def test_what_is_for_looking_at_never_ends_a_run(broken, named, stub, run, monke
 
 @pytest.mark.parametrize("words", ["disk I/O error", "locking protocol"])
 def test_a_file_system_without_locks(words, run, monkeypatch, capsys):
-    lock = SimpleNamespace(execute=raises(sqlite3.OperationalError(words)), close=lambda: None)
+    lock = SimpleNamespace(executescript=raises(sqlite3.OperationalError(words)), close=lambda: None)
     monkeypatch.setattr(sqlite3, "connect", lambda *_: lock)
     assert go() == 0 and "has no locks" in capsys.readouterr().err
     assert_same_as_whole()
