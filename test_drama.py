@@ -2600,6 +2600,32 @@ def test_world_models_are_looked_at(world_model, run, monkeypatch, capsys):
         said = capsys.readouterr().out
         assert played in said and re.search(rf"positive \d+ times: mean {number}, AUC", said)
         assert re.search(rf"sum of reward {number}, real {number}, correlation", said)
+        assert re.search(r"8 steps before, .* foresees \d+% of \d+ gains", said)
+
+
+def test_gains_and_losses_are_counted_and_looked_for(model, monkeypatch, capsys):
+    diagnose, replay = importlib.import_module("diagnose"), make_replay(80)
+    replay.reward[:] = 0
+    for row, reward in ((2, -9.0), (40, 1.0), (45, 2.0), (60, -1.0), (75, 3.0)):
+        replay.reward[row] = reward
+    seen = {}
+
+    def dreamt(cfg, model, batch, z):
+        assert z.shape == (*batch.rows.shape, K * C)
+        ahead = z.shape[1] - cfg.context
+        seen[ahead] = batch.rows[:, -1].tolist()
+        real = replay.reward[batch.rows[:, -1]].numpy()
+        return real * (0.6 if ahead < 8 else np.where(real > 0, 0.6, 0.4)), real
+
+    monkeypatch.setattr(diagnose, "rewards_dreamt", dreamt)
+    diagnose.look_at_events(small(), model, replay, 30)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["after a gain: a gain 1 times, a loss 1 times",
+                         "after a loss: a gain 1 times, a loss 0 times"]
+    for line, ahead, losses in zip(lines[2:], (2, 4, 8, 16), (100, 100, 0, 0), strict=True):
+        assert line == (f"{ahead} steps before, a dream along the real actions foresees "
+                        f"100% of 3 gains, {losses}% of 1 losses")
+        assert seen[ahead] == [40, 45, 60, 75]
 
 
 # ---- the exercises ------------------------------------------------------------------------------

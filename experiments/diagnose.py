@@ -9,7 +9,8 @@ were trained on, or at fresh play of the policy or of random actions, which was 
   and the AUC, the chance that it tells such a step from another; 0.5 is blind;
 - dreams along the real actions: correlation of predicted and real sums of reward, mean of each;
 - dreams of the policy: mean reward a step and its frequency, beside the real ones;
-- the critic: its value on real frames against the discounted returns that followed.
+- the critic: its value on real frames against the discounted returns that followed;
+- gains and losses: which follows which, and how many steps before them dreams foresee them.
 """
 
 import argparse
@@ -69,6 +70,24 @@ def look_at_values(cfg, agent, replay, batch, z, d) -> None:
           f"{then.mean():+.3f}, correlation {both:.2f}")
 
 
+def look_at_events(cfg, model, replay, begin: int) -> None:
+    """What follows a gain or a loss, and how early each is dreamt along the real actions."""
+    events = begin + replay.reward[begin:replay.size].nonzero().flatten()
+    signs = replay.reward[events].sign()
+    for sign, name in ((1, "gain"), (-1, "loss")):
+        after = signs[1:][signs[:-1] == sign]
+        print(f"after a {name}: a gain {(after > 0).sum()} times, a loss {(after < 0).sum()} times")
+    for ahead in (2, 4, 8, 16):
+        rows = events[:, None] + torch.arange(1 - cfg.context - ahead, 1)
+        batch = replay.batch(rows[rows[:, 0] >= 0])
+        z = torch.cat([drama.draw_one_hot(model.encode(f)) for f in batch.frame.split(16)])
+        total, real = rewards_dreamt(cfg, model, batch, z.flatten(-2))
+        told = total * np.sign(real) > abs(real) / 2
+        shares = [f"{told[kind].mean():.0%} of {kind.sum()} {name}" for name, kind in
+                  (("gains", real > 0), ("losses", real < 0)) if kind.any()]
+        print(f"{ahead} steps before, a dream along the real actions foresees {', '.join(shares)}")
+
+
 @torch.no_grad()
 def main() -> None:
     """Load, measure, print."""
@@ -103,6 +122,8 @@ def main() -> None:
         print(f"reward head on real frames, {words}")
     look_at_dreams(cfg, model, agent, batch, z)
     look_at_values(cfg, agent, replay, batch, z, d)
+    if replay.reward[replay.size - recent:replay.size].any():
+        look_at_events(cfg, model, replay, replay.size - recent)
 
 
 if __name__ == "__main__":
