@@ -32,7 +32,7 @@ The loop is `train`, section 9: act, store, train the world model, dream, train 
     first                  (b, l)                1 where o_t opens an episode
     d             d_t      (b, l, d_model)       all that the past up to a_t says of what comes
     state         h_t      (b, h, p, n)          the memory of a Mamba-2 layer (section 6)
-    trained, dreamt  v, b  (rows,)               windows that started at a row (section 3)
+    trained, dreamt  v, b  (rows,)               windows that began at a row; b in [1] alone
 
 Small letters in shapes are sizes: b batch, l length, K categoricals, C classes.
 Sources: [1] Drama, arXiv 2410.08893v4. [2] Mamba-2 (SSD), arXiv 2405.21060. [3] Mamba, arXiv
@@ -48,8 +48,6 @@ import contextlib
 import copy
 import csv
 import ctypes
-import dataclasses
-import functools
 import io
 import json
 import math
@@ -63,22 +61,19 @@ import time
 import timeit
 import warnings
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import ale_py
-import gymnasium
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import SyncVectorEnv, VectorEnv
+from gymnasium import Env, spaces, vector
 from torch import Tensor, nn
 from tqdm import tqdm
 
 # ---- 1 Settings ---------------------------------------------------------------------------------
-
 
 def opt(default, text: str, low=None, high=None, choices=None):
     """A setting: its value in preset `paper`, its line for --help, the values allowed."""
@@ -172,8 +167,7 @@ class Config:
 
     @property
     def d_z(self) -> int:
-        """K C: numbers in a flat latent."""
-        return self.categoricals * self.classes
+        return self.categoricals * self.classes  # numbers in a flat latent
 
 
 CNN_MULTIPLES, CNN_MAP, CNN_PATCH = (1, 2, 3, 4, 4), 4, 4
@@ -201,16 +195,13 @@ PRESETS = {
 
 # ---- 2 Environments -----------------------------------------------------------------------------
 
-
-def make_env(game: str, num_envs: int, image_size: int) -> VectorEnv:
+def make_env(game: str, num_envs: int, image_size: int) -> vector.VectorEnv:
     """A vector environment: frames (n, 1, H, W, 3) uint8, rewards (n,), ends (n,).
-
     Atari follows [6]: frame skip 4, maximum of the last two frames, no sticky actions, the minimal
     action set, raw rewards. A lost life shows as `terminated`, and the episode goes on. After an
-    episode's end the next `step` ignores its action and returns the next episode's first frame.
-    """
+    episode's end the next `step` ignores its action and returns the next episode's first frame."""
     if game == "GridWorld":
-        return SyncVectorEnv([functools.partial(GridWorld, image_size)] * num_envs)
+        return vector.SyncVectorEnv([lambda: GridWorld(image_size)] * num_envs)
     return ale_py.AtariVectorEnv(
         rom_name(game), num_envs, img_height=image_size, img_width=image_size, grayscale=False,
         stack_num=1, frameskip=4, maxpool=True, noop_max=30, repeat_action_probability=0.0,
@@ -223,20 +214,18 @@ def episode_over(terminated: np.ndarray, truncated: np.ndarray, info: dict) -> n
     return truncated | (terminated & (info["lives"] == 0))
 
 
-class GridWorld(gymnasium.Env):
+class GridWorld(Env):
     """The grid world of [1]: 5x5, the outer 16 cells black walls, a red agent, a yellow goal.
-
     Actions: up, down, left, right; a wall stops the agent. Reaching the goal gives reward 1 and
-    places both anew, on two cells of the 3x3 middle. Episodes of 64 steps end by truncation.
-    """
+    places both anew, on two cells of the 3x3 middle. Episodes of 64 steps end by truncation."""
 
     SIDE, STEPS, MOVES = 3, 64, ((-1, 0), (1, 0), (0, -1), (0, 1))
     WALL, FLOOR, AGENT, GOAL = (0, 0, 0), (160, 160, 160), (255, 0, 0), (255, 255, 0)
     BEST = 31.85  # expected return of a perfect player (value iteration, in test_drama.py)
 
     def __init__(self, image_size: int):
-        self.observation_space = Box(0, 255, (1, image_size, image_size, 3), np.uint8)
-        self.action_space = Discrete(len(self.MOVES))
+        self.observation_space = spaces.Box(0, 255, (1, image_size, image_size, 3), np.uint8)
+        self.action_space = spaces.Discrete(len(self.MOVES))
 
     def _place(self) -> None:
         cells = self.np_random.choice(self.SIDE**2, 2, replace=False)
@@ -248,18 +237,16 @@ class GridWorld(gymnasium.Env):
         grid[1:-1, 1:-1] = self.FLOOR
         grid[tuple(self.goal + 1)], grid[tuple(self.agent + 1)] = self.GOAL, self.AGENT
         size = self.observation_space.shape[1]
-        cell = np.arange(size) * len(grid) // size  # the cell that a pixel shows
+        cell = np.arange(size) * len(grid) // size  # row or column that a pixel shows
         return grid[None, cell][:, :, cell]
 
     def reset(self, *, seed=None, options=None):
-        """Start an episode -> (frame, info)."""
         super().reset(seed=seed)
         self.time = 0
         self._place()
         return self.frame(), {"lives": 0}
 
     def step(self, action):
-        """One step -> frame, reward, terminated, truncated, info."""
         self.time += 1
         self.agent = np.clip(self.agent + self.MOVES[action], 0, self.SIDE - 1)
         reached = bool((self.agent == self.goal).all())
@@ -273,20 +260,17 @@ class GridWorld(gymnasium.Env):
                     rng=json.dumps(self.np_random.bit_generator.state))
 
     def load_state_dict(self, saved: dict) -> None:
-        """Go on from `state_dict`."""
         self.agent, self.goal = np.array(saved["agent"]), np.array(saved["goal"])
         self.time = saved["time"]
         self.np_random.bit_generator.state = json.loads(saved["rng"])
 
 
 # ---- 3 Replay and DFS ---------------------------------------------------------------------------
-#
 # DFS is dynamic frequency-based sampling, no graph search. Uniform draws from a growing buffer
 # train on old rows far more often than on new ones. So each row counts the windows (`trained`, v in
 # [1]) and the contexts of dreams (`dreamt`, b) that STARTED there. Train on what was trained on
 # least. Dream anywhere, but a row dreamt from more than its training has earned loses its chance:
 # the world model knows little of it, and its dreams would lie.
-
 
 def dfs_sequence_logits(trained: Tensor, temperature: float) -> Tensor:
     """Logits of P(i) = softmax(-v_i / temperature) [1]."""
@@ -299,9 +283,7 @@ def dfs_dream_logits(trained: Tensor, dreamt: Tensor, s: float, temperature: flo
     return (trained - dreamt / s).clamp(max=0) / temperature
 
 
-class Batch(NamedTuple):
-    """Windows of the replay."""
-
+class Batch(NamedTuple):  # windows of the replay
     rows: Tensor  # (b, l) int64
     frame: Tensor  # (b, l, H, W, 3) uint8
     action: Tensor  # (b, l) int64
@@ -323,8 +305,9 @@ class Replay:
         d_t = f(z_0,a_0, .., z_t,a_t)  foretells  z_{t+1} of the next row, and r_t, e_t of its own
 
     The frame after an episode's end has no action and gets no row. A lost life is an end to learn
-    (terminated = 1), but the episode goes on (first = 0). A truncation is the reverse. A window may
-    hold the end of one episode and the start of the next: `first` clears the model's state there.
+    (terminated = 1), but the episode goes on (first = 0). After a truncation the next row has
+    first = 1, but terminated = 0. A window may hold the end of an episode and the next one's start:
+    `first` clears the model's state there.
     """
 
     COLUMNS = ("action", "reward", "terminated", "first", "latent", "trained", "dreamt")
@@ -353,13 +336,10 @@ class Replay:
 
     def _draw(self, k: int, length: int, logits: Tensor) -> Tensor:
         """Rows (k, length) of k windows with different starts, drawn from softmax(logits).
-
         The largest of logits plus Gumbel noise, -log of an exponential variable, is a draw from
-        their softmax; the k largest are k draws without replacement.
-        """
+        their softmax; the k largest are k draws without replacement."""
         n = self.size - length + 1  # starts there are; fewer than k while the run is short
-        tiny = torch.finfo(torch.float32).tiny
-        noise = -torch.empty(n, device=self.device).exponential_().clamp_min(tiny).log()
+        noise = -torch.empty(n, device=self.device).exponential_().log()
         noisy = noise + (logits[:n] if self.cfg.sampler == "dfs" else 0)
         starts = noisy.topk(min(k, n)).indices
         return starts[:, None] + torch.arange(length, device=self.device)
@@ -390,14 +370,12 @@ class Replay:
         return {name: getattr(self, name)[:self.size].clone() for name in self.COLUMNS}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Go on from `state_dict`."""
         self.size = len(saved["action"])
         for name in self.COLUMNS:
             getattr(self, name)[:self.size] = saved[name]
 
 
 # ---- 4 Small maths ------------------------------------------------------------------------------
-
 
 def symlog(x: Tensor) -> Tensor:
     """sign(x) ln(1 + |x|) [4]: one scale for rewards of 1 and of 10,000."""
@@ -411,11 +389,9 @@ def symexp(x: Tensor) -> Tensor:
 
 class TwoHot(nn.Module):
     """Numbers as distributions over evenly spaced symlog bins [4]: x (...), logits (..., bins).
-
     Why a distribution for a number? Cross-entropy's gradient does not grow with the size of the
     number, as a squared error's does, and "1 or nothing" can be said, not only "about a half".
-    Example: with bins at .., 0, 1, .. the number 1, symlog(1) = 0.69, has weights 0.31 and 0.69.
-    """
+    Example: with bins at .., 0, 1, .. the number 1, symlog(1) = 0.69, has weights 0.31 and 0.69."""
 
     def __init__(self, bins: int, limit: float):
         super().__init__()
@@ -433,15 +409,13 @@ class TwoHot(nn.Module):
         return -(self.encode(x) * logits.float().log_softmax(-1)).sum(-1)
 
     def mean(self, logits: Tensor) -> Tensor:
-        """logits (..., bins) -> (...): symexp of the mean bin. So "0 or 99, alike" is read as 9."""
+        """logits (..., bins) -> (...): symexp of the mean bin. So "0 or 99, alike" is 9."""
         return symexp((logits.float().softmax(-1) * self.centres).sum(-1))
 
 
 def unimix(logits: Tensor, share: float) -> Tensor:
     """log((1 - share) softmax(logits) + share / C) over the last axis, the C classes.
-
-    No class ever falls below share / C, so that no logarithm meets a zero.
-    """
+    No class ever falls below share / C, so that no logarithm meets a zero."""
     probs = logits.float().softmax(-1)
     mixed = (1 - share) * probs + share / logits.shape[-1]
     return mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log()
@@ -449,24 +423,22 @@ def unimix(logits: Tensor, share: float) -> Tensor:
 
 def draw_one_hot(logp: Tensor) -> Tensor:
     """A one-hot sample of each categorical in logp (..., C): the first class at which the summed
-    probability passes a uniform random number."""
+    probability passes a uniform random number; the last, where none of the others does."""
     below = logp.exp().cumsum(-1) < torch.rand_like(logp[..., :1])
     return F.one_hot(below[..., :-1].sum(-1), logp.shape[-1]).to(logp.dtype)
 
 
 def straight_through(logp: Tensor) -> Tensor:
     """A one-hot sample with the gradient of the probabilities [4].
-
     Forward it is the sample: probs - probs adds 0. A sample has no gradient, so going backward it
-    passes for the probabilities themselves. That is biased, and works.
-    """
+    passes for the probabilities themselves. That is biased, and works."""
     probs = logp.exp()
     return draw_one_hot(logp) + probs - probs.detach()
 
 
 def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
     """KL[p || q] of K independent categoricals, (..., K, C) -> (...), in nats: how many nats more
-    it takes to write down draws of p by a table made for q. Here p: posterior, q: prior."""
+    it takes to write down draws of p by a code made for q. Here p: posterior, q: prior."""
     return (logp.exp() * (logp - logq)).sum((-2, -1))
 
 
@@ -478,13 +450,11 @@ def free_bits(kl: Tensor, threshold: float) -> Tensor:
 
 def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
     """R_t = r_t + gamma (1 - e_t) ((1 - lam) V_{t+1} + lam R_{t+1}), R_H = V_H [4].
-
     reward, end (b, H); value (b, H+1) -> (b, H), for dreams of H steps. lam = 0 is the one-step
     target r + gamma V; lam = 1 sums the whole dream and trusts the critic at its end alone.
     Example: r = (1, 1), e = 0, V = (9, 2, 4), gamma = lam = 0.5: R_1 = 3, R_0 = 1 + 0.5 (1 + 1.5).
-    NOTE(1): with V_t for V_{t+1}, as in the published code, what the critic says of the next state
-    does not pay the action that led there.
-    """
+    NOTE(1): the published code has V_t for V_{t+1}. With lam = 0 that is r_t + gamma V_t: what the
+    critic says of the next state does not pay the action that led there."""
     R, returns = value[:, -1], []
     for t in reversed(range(reward.shape[1])):
         R = reward[:, t] + gamma * (1 - end[:, t]) * ((1 - lam) * value[:, t + 1] + lam * R)
@@ -493,10 +463,8 @@ def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lam:
 
 
 # ---- 5 Encoder and decoder ----------------------------------------------------------------------
-#
 # The autoencoder of the VAE. What makes it variational, the random latent and the KL, is in
 # WorldModel.
-
 
 def pixels(frame: Tensor) -> Tensor:
     """(..., H, W, 3) uint8 -> (n, 3, H, W) float in 0..1, in the channels_last memory format."""
@@ -505,9 +473,7 @@ def pixels(frame: Tensor) -> Tensor:
 
 class Encoder(nn.Sequential):
     """Frames (n, 3, H, W) in 0..1 -> (n, 4*4*channels): strided convolutions down to a 4x4 map.
-
-    Sizes in `paper`: 64, 64, 32, 16, 8, 4. A first stride of 4 cuts the frame into 4x4 patches.
-    """
+    Sizes in `paper`: 64, 64, 32, 16, 8, 4. A first stride of 4 cuts the frame into 4x4 patches."""
 
     def __init__(self, cfg: Config):
         layers, channels = [], 3
@@ -539,16 +505,13 @@ class Decoder(nn.Sequential):
         self.register_buffer("mean", torch.zeros(3, cfg.image_size, cfg.image_size))
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (n, K*C) -> (n, 3, H, W)."""
         return (super().forward(z) + self.mean).sigmoid()
 
     @torch.no_grad()
     def start_at(self, frame: Tensor) -> None:
         """Begin where any latent decodes to about this frame (H, W, 3) in 0..1, random play's mean.
-
-        NOTE(2): while a decoder has yet to find the background, a noisy latent costs more than it
-        tells, and the encoder gives every frame the same latent for long: posterior collapse.
-        """
+        NOTE(2): while a decoder has yet to find the background, a latent only adds noise, and the
+        encoder gives every frame the same one for long: posterior collapse."""
         self.mean.copy_(frame.clamp(0.02, 0.98).logit().permute(2, 0, 1))
         last = [layer for layer in self if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))][-1]
         last.weight.mul_(0.01)
@@ -568,7 +531,6 @@ def mlp(d_in: int, units: int, hidden: int, d_out: int, zero: bool = False) -> n
 
 
 # ---- 6 Mamba-2 ----------------------------------------------------------------------------------
-#
 # A state space model is a recurrent net whose state changes linearly, so that a whole sequence can
 # be trained in parallel. Each head keeps a p x n matrix. At each token it forgets a little and
 # writes a little. (In this section B and C are the papers' names of tensors, and no sizes.)
@@ -591,10 +553,8 @@ def mlp(d_in: int, units: int, hidden: int, d_out: int, zero: bool = False) -> n
 #     g_3 g_2      g_3      1
 #     g_4 g_3 g_2  g_4 g_3  g_4  1
 
-
 def ssd_step(x, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
     """One token: state = exp(dt A) state + dt x B^T, y = state C [2].
-
     x (b,h,p), dt (b,h) > 0, A (h,) < 0, B and C (b,n), state (b,h,p,n) -> y (b,h,p), a NEW state.
     float32 at least, even under autocast. In memory the state lies as (b,h,n,p), which is faster.
     """
@@ -607,13 +567,11 @@ def ssd_step(x, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
 
 def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[Tensor, Tensor]:
     """`ssd_step` for all tokens of a sequence, in the chunks of [2], section 6.
-
     Inside a chunk of q tokens the unrolled sum is one q x q matrix, so all of its tokens are
     computed at once. All that a chunk must know of its past is the state at its start.
     x (b,l,h,p), dt (b,l,h) > 0, A (h,) < 0, B and C (b,l,n), state (b,h,p,n) or None for zeros,
     first (b,l) bool or None: the state is cleared BEFORE that token. Returns y (b,l,h,p), without
-    the D skip, and the last state. Cost linear in l; float32 at least, even under autocast.
-    """
+    the D skip, and the last state. Cost linear in l; float32 at least, even under autocast."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size}: a chunk has one token or more")
     (b, l, h, p), n = x.shape, B.shape[-1]
@@ -622,8 +580,7 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
     with torch.autocast(x.device.type, enabled=False):
         state = x.new_zeros(b, h, n, p).mT if state is None else state
         x, dt, A, B, C, state = at_least_float32(x, dt, A, B, C, state)
-        if first is None:
-            first = torch.zeros(b, l, dtype=torch.bool, device=x.device)
+        first = x.new_zeros(b, l, dtype=torch.bool) if first is None else first
         X = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, pad)).view(b, c, q, h, p)
         X = X.transpose(2, 3).contiguous()  # once, or every product below copies it
         B, C = (F.pad(t, (0, 0, 0, pad)).view(b, c, 1, q, n) for t in (B, C))
@@ -640,7 +597,7 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
         # 2 what each chunk has added to the state by its end
         to_end = (S[..., -1:] - S).exp() * (segment == segment[..., -1:])  # (b,c,h,q)
         added = ((B * to_end[..., None]).mT @ X).mT  # (b,c,h,p,n)
-        # 3 from chunk to chunk; unbind, as indexing costs a full-size zero gradient each
+        # 3 from chunk to chunk; unbind, as t[:, i] would make a full-size gradient of zeros each
         kept = S[..., -1, None, None].exp()  # (b,c,h,1,1): by a whole chunk
         cleared, before = segment[..., -1, None, None] > 0, []  # (b,c,1,1,1)
         for kept_c, cleared_c, added_c in zip(*(t.unbind(1) for t in (kept, cleared, added))):
@@ -655,7 +612,7 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
 
 def at_least_float32(*tensors):
     """The tensors in the type that holds them all: float32, or float64 if one has that."""
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    dtype = torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
     return (t.to(dtype) for t in tensors)
 
 
@@ -678,7 +635,7 @@ class Mamba2(nn.Module):
         self.in_proj = nn.Linear(d_model, self.d_inner + channels + self.heads, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)  # see `forward`
         # dt = softplus(dt_bias) starts log-uniform in [0.001, 0.1], and A uniform in [-16, -1]:
-        # at first a head forgets in one token to a thousand [3]
+        # at first heads forget within 1 to 1,000 tokens [3]
         dt = torch.empty(self.heads).uniform_(np.log(1e-3), np.log(1e-1)).exp()
         self.dt_bias = nn.Parameter(dt + (-(-dt).expm1()).log())  # the inverse of softplus
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
@@ -707,8 +664,7 @@ class Mamba2(nn.Module):
         window, memory = state or self.initial_state(b)
         gate, xBC, dt = self.in_proj(u).split(self.parts, -1)
         taps = torch.cat([window.to(xBC.dtype), xBC], 1)  # (b, d_conv-1+l, channels)
-        if first is None:
-            first = torch.zeros(b, l, dtype=torch.bool, device=u.device)
+        first = u.new_zeros(b, l, dtype=torch.bool) if first is None else first
         # NOTE(3): a reset clears the convolution's window too: a tap counts in its own segment
         # only. nn.Conv1d cannot stop at an episode's edge, so only its weights are used
         segment = F.pad(first.cumsum(1), (self.d_conv - 1, 0))  # (b, d_conv-1+l)
@@ -748,9 +704,7 @@ class SequenceModel(nn.Module):
 
     def forward(self, z: Tensor, action: Tensor, states=None, first=None) -> tuple[Tensor, list]:
         """z (b, l, K*C), action (b, l), first (b, l) bool -> d (b, l, d_model), a state a layer.
-
-        One token: z (b, K*C), action (b,), states -> d (b, d_model), a new state a layer.
-        """
+        One token: z (b, K*C), action (b,), states -> d (b, d_model), a new state a layer."""
         u, after = self.stem(torch.cat([z, F.one_hot(action, self.num_actions)], -1)), []
         for norm, layer, state in zip(self.norms, self.layers, states or [None] * len(self.layers)):
             y, state = layer.step(norm(u), state) if u.ndim == 2 else layer(norm(u), state, first)
@@ -759,7 +713,6 @@ class SequenceModel(nn.Module):
         return self.norm(u), after
 
     def initial_states(self, batch: int) -> list:
-        """Zero states, a layer each."""
         return [layer.initial_state(batch) for layer in self.layers]
 
 
@@ -770,7 +723,6 @@ def clear(states: list, where: Tensor) -> list:
 
 
 # ---- 7 World model ------------------------------------------------------------------------------
-#
 # PRIOR: what d_{t-1}, the past, guesses of z_t. POSTERIOR: what the encoder says of z_t, having
 # seen o_t. In training z_t is drawn from the posterior, in a dream from the prior. So the two must
 # agree, and KL[posterior || prior] measures by how much they do not. Who moves?
@@ -789,7 +741,6 @@ def clear(states: list, where: Tensor) -> list:
 #     the slow critic              only averages the critic
 #
 # Reconstruction, reward, end and, through d, `dynamics` do train the encoder.
-
 
 class WorldModel(nn.Module):
     """Encoder, sequence model, decoder, and the heads for the next latent, reward and end."""
@@ -828,14 +779,12 @@ class WorldModel(nn.Module):
 
     def reconstruction_error(self, z: Tensor, frame: Tensor) -> Tensor:
         """z (b, l, K*C), frame (b, l, H, W, 3) -> squared error summed over a frame, (b, l).
-
         NOTE(5): decoding is most of the cost, so a random part of the frames is decoded, and scaled
         up; the others' error is 0. Pixels that changed since the frame before weigh more, at the
-        cost of the rest: Pong's ball has two of 4,096, and was long in coming without that.
-        """
+        cost of the rest: Pong's ball has two of 4,096, and was long in coming without that."""
         n = z.shape[0] * z.shape[1]
         count = max(1, round(n * self.cfg.decoded))
-        drawn = torch.rand(n, device=z.device).topk(count).indices
+        drawn = torch.rand(n, device=z.device).topk(count).indices  # `count` frames, none twice
         before = torch.cat([frame[:, :1], frame[:, :-1]], 1)
         changed = (frame != before).any(-1).flatten(0, 1)[drawn]  # (count, H, W)
         weight = 1 + self.cfg.moving * changed.float()
@@ -871,10 +820,8 @@ class WorldModel(nn.Module):
     @torch.no_grad()
     def imagine(self, actor: nn.Module, z: Tensor, action: Tensor, first: Tensor) -> Dream:
         """Dream `horizon` steps on from context latents z (b, k, K*C), action and first (b, k).
-
         The last of the k frames is where the dream starts: there the ACTOR chooses, so the recorded
-        action is not used. If that frame opens an episode, it has no past.
-        """
+        action is not used. If that frame opens an episode, it has no past."""
         d, states = self.sequence(z[:, :-1], action[:, :-1], first=first[:, :-1])
         z, d, states = z[:, -1], d[:, -1].masked_fill(first[:, -1:], 0), clear(states, first[:, -1])
         features, actions, ds = [torch.cat([z, d], -1)], [], []
@@ -894,10 +841,8 @@ class WorldModel(nn.Module):
 
 class Dream(NamedTuple):
     """Imagined futures of H steps.
-
     The feature is [z_t, d_{t-1}] and not d_t, because d_t has a_t in it, which is still to be
-    chosen. z_t brings what is new, d_{t-1} the past.
-    """
+    chosen. z_t brings what is new, d_{t-1} the past."""
 
     feature: Tensor  # (b, H+1, d_feature)
     action: Tensor  # (b, H)
@@ -906,8 +851,7 @@ class Dream(NamedTuple):
 
 
 def growth(cfg: Config, updates: int) -> float:
-    """Weight, 0..1, of every loss but reconstruction, after so many updates.
-
+    """Weight of every loss but reconstruction: 0 for see_first updates, then up to 1 in two more.
     NOTE(6): in full at once, they can turn a fresh posterior constant before it has learnt to see.
     """
     grown = (updates - cfg.see_first) / (2 * cfg.see_first) if cfg.see_first else 1
@@ -923,18 +867,17 @@ def update_world_model(model: WorldModel, learner: Learner, replay: Replay) -> d
     model.train()
     losses, z, kl = model.loss(batch)
     grown = growth(cfg, learner.updates)
-    weights = {name: weight if name == "reconstruction" else grown * weight
-               for name, weight in model.weights.items()}
+    weights = {name: grown * w for name, w in model.weights.items()} | {"reconstruction": 1.0}
     metrics = learner.step(losses, weights)
     replay.latent[batch.rows] = z.argmax(-1).byte()
     return {**metrics, "kl": kl.mean().item(), "batch_reward": batch.reward.mean().item()}
 
 
 # ---- 8 Actor-critic -----------------------------------------------------------------------------
-#
 # The critic foretells the return of a moment: by cross-entropy it learns the lambda-returns R_t of
 # dreams. The actor learns by REINFORCE: what was followed by a better return than the critic
-# expected becomes likelier, a worse one less likely. One cannot go backward through a drawn action.
+# expected becomes likelier, a worse one less likely. One cannot go backward through a drawn action,
+# and straight-through, as for z, would need a gradient of the dream, which has none (section 7).
 # But grad sum_a pi(a) R(a) = sum_a pi(a) R(a) grad log pi(a), the mean of R grad log pi over draws:
 #
 #     loss = -log pi(a_t) * (R_t - V_t) / scale - entropy weight * entropy
@@ -942,12 +885,9 @@ def update_world_model(model: WorldModel, learner: Learner, replay: Replay) -> d
 # V_t, the critic's expectation, is the baseline: it takes away luck that all actions share. The
 # rest is the advantage. The entropy is high while all actions are likely: the actor keeps trying.
 
-
 class ActorCritic(nn.Module):
     """Actor and two-hot critic on [z_t, d_{t-1}], a slow critic, a scale for the returns [4].
-
-    NOTE(7): z_t encodes the frame just seen; the published code acts on a sample of the prior.
-    """
+    NOTE(7): z_t encodes the frame just seen; the published code acts on a sample of the prior."""
 
     def __init__(self, cfg: Config, num_actions: int):
         super().__init__()
@@ -1028,7 +968,6 @@ class Player:
 
 # ---- 9 train ------------------------------------------------------------------------------------
 
-
 def train(cfg: Config, run: Run) -> int:
     """Train up to cfg.steps, on from the run's checkpoint if it has one -> exit code."""
     device, at = run.device, Progress()
@@ -1061,7 +1000,7 @@ def train(cfg: Config, run: Run) -> int:
         if at.step >= cfg.warmup and at.step % cfg.train_every == 0:
             # TRAIN WORLD MODEL
             dreams_begin = growth(cfg, model_learner.updates) == 1
-            with run.autocast:  # it keeps bfloat16 weights until it is left; then they are old
+            with run.autocast:  # left before dreams begin, as it keeps bfloat16 copies of weights
                 news |= update_world_model(model, model_learner, replay)
             # IMAGINE, TRAIN ACTOR-CRITIC
             if dreams_begin:
@@ -1072,12 +1011,9 @@ def train(cfg: Config, run: Run) -> int:
     return run.end(at)
 
 
-# ==== The program: skip on first reading =========================================================
-#
-# What makes a good program of the method: runs that resume, pictures, clear refusals.
+# ==== The program: runs that resume, pictures, refusals. Skip on first reading ===================
 
 # ---- 10 Optimisers ------------------------------------------------------------------------------
-
 
 class Learner:
     """An optimiser with clipping and a schedule; it refuses numbers that are not finite."""
@@ -1090,7 +1026,6 @@ class Learner:
 
     @property
     def updates(self) -> int:
-        """Updates so far."""
         return self.schedule.last_epoch
 
     def step(self, losses: dict, weights: dict) -> dict:
@@ -1106,19 +1041,16 @@ class Learner:
                 p.grad = p.grad if p.grad is not None and p.grad.any() else None
         means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip)
         means = dict(zip(means, torch.stack([m.detach().float() for m in means.values()]).tolist()))
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise FloatingPointError(name)
+        if broken := [name for name, mean in means.items() if not math.isfinite(mean)]:
+            raise FloatingPointError(broken[0])
         self.optimiser.step()
         self.schedule.step()
         return means
 
     def state_dict(self) -> dict:
-        """All that the next step depends on."""
         return dict(optimiser=self.optimiser.state_dict(), schedule=self.schedule.state_dict())
 
     def load_state_dict(self, saved: dict) -> None:
-        """Go on from `state_dict`."""
         for name in ("optimiser", "schedule"):
             getattr(self, name).load_state_dict(saved[name])
 
@@ -1223,7 +1155,6 @@ class Progress:
     length: int = 0  # its steps
 
     def add(self, reward: float, over: bool) -> None:
-        """Count a step."""
         if self.first:
             self.total, self.length = 0.0, 0
         self.step, self.length, self.total = self.step + 1, self.length + 1, self.total + reward
@@ -1248,8 +1179,7 @@ class Run(contextlib.ExitStack):
             lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
-                raise Refusal(f"{self.dir} is in use by another process; "
-                              "use another --out") from None
+                raise Refusal(f"{self.dir} is in use by another process; use a new --out") from None
             say(f"{self.dir} has no locks ({error}); start no second run in it", sys.stderr)
         self.device, self.precision = choose_device(cfg)
         if self.checkpoint.exists():
@@ -1259,11 +1189,9 @@ class Run(contextlib.ExitStack):
             say(f"{self.dir} is finished at step {step:,}; to go on, give a larger --steps")
         return step < cfg.steps
 
-    def start(self, at: Progress, env: VectorEnv, player: Player, **parts) -> np.ndarray:
+    def start(self, at: Progress, env, player: Player, **parts) -> np.ndarray:
         """Go on from the checkpoint, if any -> the first frame.
-
-        parts: what a checkpoint keeps besides, by name, with state_dict and load_state_dict.
-        """
+        parts: what a checkpoint keeps besides, by name, with state_dict and load_state_dict."""
         cfg, self.parts, self.player = self.cfg, parts, player
         self.kept, self.pending, self.shown = 0, {}, {}
         if threading.current_thread() is threading.main_thread():  # no other may set signals
@@ -1392,7 +1320,6 @@ class Run(contextlib.ExitStack):
 
 # ---- 12 Command line ----------------------------------------------------------------------------
 
-
 def levels(game: str) -> dict[str, float]:
     """Mean scores to compare with, as published: {who: score}, none for a game without any."""
     if game == "GridWorld":
@@ -1415,7 +1342,7 @@ def rom_name(game: str) -> str:
 
 def validate(cfg: Config) -> Config:
     """The same settings; Refusal where one is out of its range or two do not fit together."""
-    for f in dataclasses.fields(cfg):
+    for f in fields(cfg):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         if low is not None and not low <= value <= high:
             raise Refusal(f"--{f.name.replace('_', '-')} {value}: must lie from {low} to {high}")
@@ -1424,8 +1351,7 @@ def validate(cfg: Config) -> Config:
     if cfg.expand * cfg.d_model % cfg.headdim:
         raise Refusal(f"--headdim {cfg.headdim}: does not divide --expand times --d-model")
     if cfg.warmup < max(cfg.batch_size + cfg.batch_length, cfg.context):
-        raise Refusal(f"--warmup {cfg.warmup}: less than --context, or than "
-                      "--batch-size plus --batch-length")
+        raise Refusal(f"--warmup {cfg.warmup}: under --context or --batch-size + --batch-length")
     if cfg.game != "GridWorld":
         rom_name(cfg.game)
     return cfg
@@ -1520,7 +1446,7 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
     parser.error = refuse
     groups = {"game": "what to run", "categoricals": "the dozen that matter (default; laptop's)",
               "image_size": "the rest (default; laptop's)"}
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         if f.name in groups:
             group = parser.add_argument_group(groups[f.name])
         kind, laptop = type(f.default), PRESETS["laptop"].get(f.name)

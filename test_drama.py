@@ -3357,7 +3357,8 @@ def test_what_is_for_looking_at_never_ends_a_run(broken, named, stub, run, monke
 
 @pytest.mark.parametrize("words", ["disk I/O error", "locking protocol"])
 def test_a_file_system_without_locks(words, run, monkeypatch, capsys):
-    lock = SimpleNamespace(executescript=raises(sqlite3.OperationalError(words)), close=lambda: None)
+    error = sqlite3.OperationalError(words)
+    lock = SimpleNamespace(executescript=raises(error), close=lambda: None)
     monkeypatch.setattr(sqlite3, "connect", lambda *_: lock)
     assert go() == 0 and "has no locks" in capsys.readouterr().err
     assert_same_as_whole()
