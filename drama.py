@@ -1117,8 +1117,10 @@ def begin_table(path: Path, columns: list[str], step: int) -> None:
     """Cut a table back to its whole rows up to `step`, so that none comes twice."""
     with unless_it_fails(path.name):
         rows = path.read_text().splitlines(keepends=True)[1:] if step and path.exists() else []
-        path.write_text(",".join(columns) + "\n" + "".join(
+        aside = path.with_suffix(".new")  # a kill must not leave half a table
+        aside.write_text(",".join(columns) + "\n" + "".join(
             row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step))
+        os.replace(aside, path)
 
 
 def append(path: Path, *values) -> None:

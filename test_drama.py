@@ -1432,6 +1432,18 @@ def test_a_killed_run_lets_go_of_its_lock(run):
     assert_same_as_whole()
 
 
+def test_a_kill_while_a_table_is_cut_back_leaves_the_old_one(tmp_path, monkeypatch):
+    path, text = tmp_path / "table.csv", "step,x\n1,2\n3,4\n"
+    path.write_text(text)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", raises(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            drama.begin_table(path, ["step", "x"], 1)
+    assert path.read_text() == text
+    drama.begin_table(path, ["step", "x"], 1)
+    assert path.read_text() == "step,x\n1,2\n"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to another process")
 def test_second_process_and_ctrl_c(capsys):
     flags = "--out run --steps 9999 --save_every 0.1 --picture_steps 2".split()
