@@ -167,7 +167,8 @@ class Config:
 
     @property
     def d_z(self) -> int:
-        return self.categoricals * self.classes  # numbers in a flat latent
+        """K C: numbers in a flat latent."""
+        return self.categoricals * self.classes
 
 
 CNN_MULTIPLES, CNN_MAP, CNN_PATCH = (1, 2, 3, 4, 4), 4, 4
@@ -241,12 +242,14 @@ class GridWorld(Env):
         return grid[None, cell][:, :, cell]
 
     def reset(self, *, seed=None, options=None):
+        """Start an episode -> (frame, info)."""
         super().reset(seed=seed)
         self.time = 0
         self._place()
         return self.frame(), {"lives": 0}
 
     def step(self, action):
+        """One step -> frame, reward, terminated, truncated, info."""
         self.time += 1
         self.agent = np.clip(self.agent + self.MOVES[action], 0, self.SIDE - 1)
         reached = bool((self.agent == self.goal).all())
@@ -260,6 +263,7 @@ class GridWorld(Env):
                     rng=json.dumps(self.np_random.bit_generator.state))
 
     def load_state_dict(self, saved: dict) -> None:
+        """Go on from `state_dict`."""
         self.agent, self.goal = np.array(saved["agent"]), np.array(saved["goal"])
         self.time = saved["time"]
         self.np_random.bit_generator.state = json.loads(saved["rng"])
@@ -283,7 +287,8 @@ def dfs_dream_logits(trained: Tensor, dreamt: Tensor, s: float, temperature: flo
     return (trained - dreamt / s).clamp(max=0) / temperature
 
 
-class Batch(NamedTuple):  # windows of the replay
+class Batch(NamedTuple):
+    """Windows of the replay."""
     rows: Tensor  # (b, l) int64
     frame: Tensor  # (b, l, H, W, 3) uint8
     action: Tensor  # (b, l) int64
@@ -370,6 +375,7 @@ class Replay:
         return {name: getattr(self, name)[:self.size].clone() for name in self.COLUMNS}
 
     def load_state_dict(self, saved: dict) -> None:
+        """Go on from `state_dict`."""
         self.size = len(saved["action"])
         for name in self.COLUMNS:
             getattr(self, name)[:self.size] = saved[name]
@@ -505,6 +511,7 @@ class Decoder(nn.Sequential):
         self.register_buffer("mean", torch.zeros(3, cfg.image_size, cfg.image_size))
 
     def forward(self, z: Tensor) -> Tensor:
+        """z (n, K*C) -> (n, 3, H, W)."""
         return (super().forward(z) + self.mean).sigmoid()
 
     @torch.no_grad()
@@ -713,6 +720,7 @@ class SequenceModel(nn.Module):
         return self.norm(u), after
 
     def initial_states(self, batch: int) -> list:
+        """Zero states, a layer each."""
         return [layer.initial_state(batch) for layer in self.layers]
 
 
@@ -1026,6 +1034,7 @@ class Learner:
 
     @property
     def updates(self) -> int:
+        """Updates so far."""
         return self.schedule.last_epoch
 
     def step(self, losses: dict, weights: dict) -> dict:
@@ -1048,9 +1057,11 @@ class Learner:
         return means
 
     def state_dict(self) -> dict:
+        """All that the next step depends on."""
         return dict(optimiser=self.optimiser.state_dict(), schedule=self.schedule.state_dict())
 
     def load_state_dict(self, saved: dict) -> None:
+        """Go on from `state_dict`."""
         for name in ("optimiser", "schedule"):
             getattr(self, name).load_state_dict(saved[name])
 
@@ -1157,6 +1168,7 @@ class Progress:
     length: int = 0  # its steps
 
     def add(self, reward: float, over: bool) -> None:
+        """Count a step."""
         if self.first:
             self.total, self.length = 0.0, 0
         self.step, self.length, self.total = self.step + 1, self.length + 1, self.total + reward
