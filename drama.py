@@ -46,7 +46,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import csv
 import ctypes
 import io
 import json
@@ -56,9 +55,7 @@ import re
 import signal
 import sqlite3
 import sys
-import threading
 import time
-import timeit
 import warnings
 import zipfile
 from dataclasses import dataclass, field, fields
@@ -69,7 +66,7 @@ import ale_py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gymnasium import Env, spaces, vector
+from gymnasium import vector
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -151,7 +148,7 @@ class Config:
     actor_clip: float = opt(100.0, "actor and critic: largest gradient norm", 1e-3, 1e9)
     # machine, keeping, showing
     eval_envs: int = opt(4, "environments that play at once in --eval", 1, 256)
-    precision: str = opt("auto", "auto: the faster", choices=("auto", "float32", "bfloat16"))
+    precision: str = opt("auto", "auto: by hardware", choices=("auto", "float32", "bfloat16"))
     compile: str = opt("auto", "torch.compile, on CUDA only", choices=("auto", "off"))
     log_every: int = opt(100, "environment steps between rows of metrics.csv", 1, 1_000_000)
     save_every: float = opt(120.0, "seconds between checkpoints", 0.0, 1e6)
@@ -202,6 +199,7 @@ def make_env(game: str, num_envs: int, image_size: int) -> vector.VectorEnv:
     action set, raw rewards. A lost life shows as `terminated`, and the episode goes on. After an
     episode's end the next `step` ignores its action and returns the next episode's first frame."""
     if game == "GridWorld":
+        from experiments.gridworld import GridWorld
         return vector.SyncVectorEnv([lambda: GridWorld(image_size)] * num_envs)
     return ale_py.AtariVectorEnv(
         rom_name(game), num_envs, img_height=image_size, img_width=image_size, grayscale=False,
@@ -213,60 +211,6 @@ def make_env(game: str, num_envs: int, image_size: int) -> vector.VectorEnv:
 def episode_over(terminated: np.ndarray, truncated: np.ndarray, info: dict) -> np.ndarray:
     """(n,) bool: game over or out of time, where `terminated` alone may be a lost life."""
     return truncated | (terminated & (info["lives"] == 0))
-
-
-class GridWorld(Env):
-    """The grid world of [1]: 5x5, the outer 16 cells black walls, a red agent, a yellow goal.
-    Actions: up, down, left, right; a wall stops the agent. Reaching the goal gives reward 1 and
-    places both anew, on two cells of the 3x3 middle. Episodes of 64 steps end by truncation."""
-
-    SIDE, STEPS, MOVES = 3, 64, ((-1, 0), (1, 0), (0, -1), (0, 1))
-    WALL, FLOOR, AGENT, GOAL = (0, 0, 0), (160, 160, 160), (255, 0, 0), (255, 255, 0)
-    BEST = 31.85  # expected return of a perfect player (value iteration, in test_drama.py)
-
-    def __init__(self, image_size: int):
-        self.observation_space = spaces.Box(0, 255, (1, image_size, image_size, 3), np.uint8)
-        self.action_space = spaces.Discrete(len(self.MOVES))
-
-    def _place(self) -> None:
-        cells = self.np_random.choice(self.SIDE**2, 2, replace=False)
-        self.agent, self.goal = np.stack(np.divmod(cells, self.SIDE), 1)  # (row, column) each
-
-    def frame(self) -> np.ndarray:
-        """What is to be seen now: (1, H, W, 3) uint8."""
-        grid = np.full((self.SIDE + 2, self.SIDE + 2, 3), self.WALL, np.uint8)
-        grid[1:-1, 1:-1] = self.FLOOR
-        grid[tuple(self.goal + 1)], grid[tuple(self.agent + 1)] = self.GOAL, self.AGENT
-        size = self.observation_space.shape[1]
-        cell = np.arange(size) * len(grid) // size  # row or column that a pixel shows
-        return grid[None, cell][:, :, cell]
-
-    def reset(self, *, seed=None, options=None):
-        """Start an episode -> (frame, info)."""
-        super().reset(seed=seed)
-        self.time = 0
-        self._place()
-        return self.frame(), {"lives": 0}
-
-    def step(self, action):
-        """One step -> frame, reward, terminated, truncated, info."""
-        self.time += 1
-        self.agent = np.clip(self.agent + self.MOVES[action], 0, self.SIDE - 1)
-        reached = bool((self.agent == self.goal).all())
-        if reached:
-            self._place()
-        return self.frame(), float(reached), False, self.time == self.STEPS, {"lives": 0}
-
-    def state_dict(self) -> dict:
-        """All that the next step depends on: ALE's vector environment has no such thing."""
-        return dict(agent=self.agent.tolist(), goal=self.goal.tolist(), time=self.time,
-                    rng=json.dumps(self.np_random.bit_generator.state))
-
-    def load_state_dict(self, saved: dict) -> None:
-        """Go on from `state_dict`."""
-        self.agent, self.goal = np.array(saved["agent"]), np.array(saved["goal"])
-        self.time = saved["time"]
-        self.np_random.bit_generator.state = json.loads(saved["rng"])
 
 
 # ---- 3 Replay and DFS ---------------------------------------------------------------------------
@@ -332,8 +276,6 @@ class Replay:
 
     def add(self, frame, action, reward, terminated, first, latent) -> None:
         """Append one row: frame (H, W, 3) uint8, four numbers, latent (K,) classes."""
-        if not math.isfinite(reward):
-            raise FloatingPointError("the game's reward")
         i = self.size
         self.frame[i], self.action[i], self.reward[i] = torch.from_numpy(frame), int(action), reward
         self.terminated[i], self.first[i], self.latent[i] = bool(terminated), bool(first), latent
@@ -531,9 +473,8 @@ def mlp(d_in: int, units: int, hidden: int, d_out: int, zero: bool = False) -> n
     for i in range(hidden):
         layers += [nn.Linear(units if i else d_in, units), nn.RMSNorm(units), nn.SiLU()]
     layers.append(nn.Linear(units, d_out))
-    if zero:
-        nn.init.zeros_(layers[-1].weight)
-        nn.init.zeros_(layers[-1].bias)
+    for p in layers[-1].parameters() if zero else ():
+        nn.init.zeros_(p)
     return nn.Sequential(*layers)
 
 
@@ -940,9 +881,8 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
     if cfg.stored_latents:  # NOTE(10): as last encoded, not the context's frames encoded anew
         z = F.one_hot(replay.latent[rows].long(), cfg.classes).flatten(-2).float()
     else:
-        with torch.no_grad():  # in parts, or 8,192 frames would leave a CPU's cache
-            z = torch.cat([draw_one_hot(model.encode(replay.batch(part).frame)).flatten(-2)
-                           for part in rows.split(32 if rows.device.type == "cpu" else len(rows))])
+        with torch.no_grad():
+            z = draw_one_hot(model.encode(replay.batch(rows).frame)).flatten(-2)
     dream = model.imagine(agent.actor, z, replay.action[rows], replay.first[rows])
     losses, metrics = agent.loss(dream)
     means = learner.step(losses, agent.weights)
@@ -966,9 +906,7 @@ class Player:
         z = draw_one_hot(self.model.encode(frame))
         d, states = self.memory
         d, states = d.masked_fill(first[:, None], 0), clear(states, first)
-        logits = self.agent.actor(torch.cat([z.flatten(-2), d], -1)).float()
-        if at_random:
-            logits = torch.zeros_like(logits)
+        logits = self.agent.actor(torch.cat([z.flatten(-2), d], -1)).float() * (not at_random)
         action = draw_one_hot(logits.log_softmax(-1)).argmax(-1)
         self.memory = self.model.sequence(z.flatten(-2), action, states)
         return action, z.argmax(-1)
@@ -1020,7 +958,6 @@ def train(cfg: Config, run: Run) -> int:
 
 
 # ==== The program: runs that resume, pictures, refusals. Skip on first reading ===================
-
 # ---- 10 Optimisers ------------------------------------------------------------------------------
 
 class Learner:
@@ -1028,14 +965,9 @@ class Learner:
 
     def __init__(self, optimiser, clip: float, warmup: int, fall: int = 0, end: int = 0):
         """The rate rises over `warmup` updates, and falls to 0 over the `fall` before `end`."""
-        self.optimiser, self.clip = optimiser, clip
+        self.optimiser, self.clip, self.updates = optimiser, clip, 0
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: min(
             1.0, (k + 1) / warmup, max(0, end - k) / fall if fall else 1.0))
-
-    @property
-    def updates(self) -> int:
-        """Updates so far."""
-        return self.schedule.last_epoch
 
     def step(self, losses: dict, weights: dict) -> dict:
         """One step down the weighted sum of the losses' means -> the means, the gradient's norm."""
@@ -1054,6 +986,7 @@ class Learner:
             raise FloatingPointError(broken[0])
         self.optimiser.step()
         self.schedule.step()
+        self.updates += 1
         return means
 
     def state_dict(self) -> dict:
@@ -1062,8 +995,9 @@ class Learner:
 
     def load_state_dict(self, saved: dict) -> None:
         """Go on from `state_dict`."""
-        for name in ("optimiser", "schedule"):
-            getattr(self, name).load_state_dict(saved[name])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.schedule.load_state_dict(saved["schedule"])
+        self.updates = self.schedule.last_epoch
 
 
 def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[Learner, Learner]:
@@ -1084,7 +1018,6 @@ def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[L
 
 # settings that may change when a run goes on. One added later must default to what was done before
 ANYTIME = set("steps device out eval eval_envs checkpoint compile save_every draw_every".split())
-EPISODES = "step seconds episode return length".split()
 METRICS = ("reconstruction reward termination dynamics representation gradient_norm kl "
            "batch_reward policy entropy value slow_value actor_gradient_norm imagined_return "
            "imagined_reward imagined_value imagined_end return_scale policy_entropy").split()
@@ -1100,20 +1033,13 @@ def refuse(message: str) -> None:
 
 
 @contextlib.contextmanager
-def or_refuse(what: str, way_out: str):
-    """Refusal in place of whatever goes wrong inside: a broken file can raise nearly anything."""
+def guard(what: str, way_out: str = ""):
+    """Refusal for any error inside; without a way out, as of what is to look at, a warning."""
     try:
         yield
     except Exception as error:
-        raise Refusal(f"{what} ({error!r:.90}); {way_out}") from None
-
-
-@contextlib.contextmanager
-def unless_it_fails(what: str):
-    """What is for looking at never ends a run: it is missed, with a warning."""
-    try:
-        yield
-    except Exception as error:
+        if way_out:
+            raise Refusal(f"{what} ({error!r:.90}); {way_out}") from None
         say(f"{what} failed ({error!r:.90}); the run goes on", sys.stderr)
 
 
@@ -1124,25 +1050,9 @@ def say(text: str, stream=None) -> None:
         print(text.encode(letters, "backslashreplace").decode(letters), file=stream, flush=True)
 
 
-def begin_table(path: Path, columns: list[str], step: int) -> None:
-    """Cut a table back to its whole rows up to `step`, so that none comes twice."""
-    with unless_it_fails(path.name):
-        rows = path.read_text().splitlines(keepends=True)[1:] if step and path.exists() else []
-        aside = path.with_suffix(".new")  # a kill must not leave half a table
-        aside.write_text(",".join(columns) + "\n" + "".join(
-            row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step))
-        os.replace(aside, path)
-
-
-def append(path: Path, *values) -> None:
-    """Append a row, floats to six digits."""
-    with unless_it_fails(path.name), open(path, "a") as file:
-        print(*(f"{v:.6g}" if isinstance(v, float) else v for v in values), sep=",", file=file)
-
-
 def load_checkpoint(path: Path, device: torch.device, settings: dict) -> dict:
     """A run's checkpoint, or a file of weights alone; Refusal where it has other settings."""
-    with or_refuse(f"{path}: no whole checkpoint", "train first, or use another --out"):
+    with guard(f"{path}: no whole checkpoint", "train first, or use another --out"):
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
         # weights_only: a file from a stranger must not run code
@@ -1151,8 +1061,7 @@ def load_checkpoint(path: Path, device: torch.device, settings: dict) -> dict:
     differ = [f"{name} (was {made[name]}, now {value})" for name, value in settings.items()
               if name not in ANYTIME and made[name] != value]
     if differ:
-        raise Refusal(f"{path} has other settings: {', '.join(differ[:4])}; use another --out or "
-                      "--seed, or the old values")
+        raise Refusal(f"{path} has other settings: {', '.join(differ[:4])}; use another --out")
     return saved
 
 
@@ -1208,27 +1117,25 @@ class Run(contextlib.ExitStack):
         parts: what a checkpoint keeps besides, by name, with state_dict and load_state_dict."""
         cfg, self.parts, self.player = self.cfg, parts, player
         self.kept, self.pending, self.shown = 0, {}, {}
-        if threading.current_thread() is threading.main_thread():  # no other may set signals
+        self.tables = {"metrics.csv": [",".join(["step", "seconds", "updates", *METRICS])],
+                       "episodes.csv": ["step,seconds,episode,return,length"]}
+        with contextlib.suppress(ValueError):  # none but the main thread may set signals
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, self.interrupt)
                 self.callback(signal.signal, number, before or signal.SIG_DFL)
         # the modules that keep a random generator; the environment has its own
-        accelerator = getattr(torch, self.device.type)
-        self.random = [torch] if accelerator is torch.cpu else [torch, accelerator]
+        self.random = [torch] + [getattr(torch, self.device.type)] * (self.device.type != "cpu")
         frame = env.reset(seed=cfg.seed + (self.saved["at"]["step"] if self.saved else 0))[0]
         if cfg.game == "GridWorld":  # Atari has no state_dict: a resume opens a new episode
             parts["env"] = env.envs[0].unwrapped
-        if self.saved:
-            frame = self.restore(at, frame)
-        else:
-            self.frames.write_bytes(b"")
-        with unless_it_fails("config.json"):
+        frame = self.restore(at, frame) if self.saved else frame
+        self.frames.touch()
+        with guard("config.json"):
             (self.dir / "config.json").write_text(json.dumps(vars(cfg), indent=1))
-        begin_table(self.dir / "metrics.csv", ["step", "seconds", "updates", *METRICS], at.step)
-        begin_table(self.dir / "episodes.csv", EPISODES, at.step)
-        scan = compile_parts(cfg, parts["model"], parts["agent"], self.device)
+        if compiled := cfg.compile == "auto" and self.device.type == "cuda":
+            compile_parts(parts["model"], parts["agent"])
         say(f"{cfg.game}: preset {cfg.preset} (others: --preset paper, laptop), {self.device}, "
-            f"{self.precision}, scan {scan}, {torch.get_num_threads()} threads\n"
+            f"{self.precision}{', compiled' * compiled}, {torch.get_num_threads()} threads\n"
             f"run folder {self.dir}: from step {at.step:,} to {cfg.steps:,}; learning starts at "
             f"step {cfg.warmup:,}, from then on the bar knows the time to go"
             + "\nnothing will be learnt: raise --steps" * (cfg.warmup > cfg.steps))
@@ -1236,28 +1143,26 @@ class Run(contextlib.ExitStack):
                                        self.precision == "bfloat16")
         self.stored = self.drawn = time.perf_counter()
         self.begun = self.stored - at.seconds
-        with unless_it_fails("the bar"):
-            tqdm.set_lock(threading.RLock())  # a console that broke may still hold the last one
+        with guard("the bar"):
             self.bar = tqdm(total=cfg.steps, initial=at.step, unit="step", dynamic_ncols=True,
                             mininterval=2, smoothing=0.05)
-            self.callback(unless_it_fails("the bar")(self.bar.close))
+            self.callback(guard("the bar")(self.bar.close))
         return frame
 
     def interrupt(self, number, _) -> None:
         """Ctrl-C and its like: the first lets the step in hand end, the second leaves at once."""
-        if self.interrupted:
-            os._exit(128 + number)
         self.interrupted = number
+        signal.signal(number, signal.SIG_DFL)
 
     def restore(self, at: Progress, frame: np.ndarray) -> np.ndarray:
         """Put everything back as it was at the checkpoint -> the frame to go on from."""
         saved, self.saved, frames = self.saved, None, self.parts["replay"].frame
-        with or_refuse(f"{self.checkpoint} or frames.bin does not fit", "use another --out"):
+        with guard(f"{self.checkpoint} or frames.bin does not fit", "use another --out"):
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
-            self.player.memory = saved["memory"]
             vars(at).update(saved["at"])
-            self.pending = {name: [*map(float, found)] for name, found in saved["pending"].items()}
+            self.player.memory, self.tables = saved["memory"], saved["tables"]
+            self.pending = saved["pending"]
             if saved["device"] == self.device.type:  # a resume elsewhere chooses anew
                 self.precision = saved["precision"]
                 for module, state in zip(self.random, saved["generators"], strict=True):
@@ -1269,12 +1174,15 @@ class Run(contextlib.ExitStack):
 
     def save(self, at: Progress) -> None:
         """Append the frames, then write the checkpoint aside, flush and rename it: never torn."""
+        for name, rows in self.tables.items():
+            with guard(name):
+                (self.dir / name).write_text("\n".join(rows) + "\n")
         frame, buffer, aside = self.parts["replay"].frame, io.BytesIO(), self.dir / "checkpoint.new"
         self.stored = time.perf_counter()
         at.seconds = self.stored - self.begun
         torch.save({"config": dict(vars(self.cfg)), "at": vars(at), "pending": self.pending,
-                    "memory": self.player.memory, "device": self.device.type,
-                    "precision": self.precision,
+                    "tables": self.tables, "memory": self.player.memory,
+                    "device": self.device.type, "precision": self.precision,
                     "generators": [m.get_rng_state() for m in self.random],
                     **{name: part.state_dict() for name, part in self.parts.items()}}, buffer)
         os.truncate(self.frames, self.kept * frame[0].numel())  # what came after the last one
@@ -1298,26 +1206,27 @@ class Run(contextlib.ExitStack):
             self.pending.setdefault(name, []).append(value)
         if at.first:
             self.shown["return"] = at.total
-            append(self.dir / "episodes.csv", at.step, seconds, at.episode, at.total, at.length)
+            self.tables["episodes.csv"].append(
+                f"{at.step},{seconds:.6g},{at.episode},{at.total:.6g},{at.length}")
         if at.step % cfg.log_every == 0 and self.pending:
             means = {name: float(np.mean(self.pending.get(name, math.nan))) for name in METRICS}
-            append(self.dir / "metrics.csv", at.step, seconds, learner.updates, *means.values())
+            self.tables["metrics.csv"].append(f"{at.step},{seconds:.6g},{learner.updates},"
+                                              + ",".join(f"{m:.6g}" for m in means.values()))
             self.shown.update(reconstruction=means["reconstruction"], kl=means["kl"])
             self.pending = {}
-        with unless_it_fails("the bar"):
+        with guard("the bar"):
             self.bar.set_postfix(self.shown, refresh=False)
             self.bar.update()
         if now - self.stored > cfg.save_every:
             self.save(at)
-        if now - self.drawn > cfg.draw_every:
-            self.draw()
+            if now - self.drawn > cfg.draw_every:
+                self.draw()
 
     def draw(self) -> None:
         """curves.png, dream.gif and dream.png."""
-        with unless_it_fails("drawing"):
+        with guard("drawing"):
             from experiments import pictures
-            pictures.draw_curves(self.dir, self.cfg.game, levels(self.cfg.game))
-            pictures.draw_dreams(self.dir, self.cfg, self.parts["model"], self.parts["replay"])
+            pictures.draw(self.dir, self.cfg, self.parts["model"], self.parts["replay"])
         self.drawn = time.perf_counter()
 
     def end(self, at: Progress) -> int:
@@ -1334,23 +1243,13 @@ class Run(contextlib.ExitStack):
 
 # ---- 12 Command line ----------------------------------------------------------------------------
 
-def levels(game: str) -> dict[str, float]:
-    """Mean scores to compare with, as published: {who: score}, none for a game without any."""
-    if game == "GridWorld":
-        return {"best possible": GridWorld.BEST}
-    with open(Path(__file__).parent / "results" / "atari100k.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["game"] == game]
-    return {who: float(row[who]) for row in rows for who in ("random", "human", "Drama")}
-
-
 def rom_name(game: str) -> str:
     """ALE's name of a game, MsPacman -> ms_pacman; Refusal if it has none."""
-    roms = {rom.title().replace("_", ""): rom for rom in ale_py.roms.get_all_rom_ids()}
+    roms = {rom.title().replace("_", ""): rom for rom in ale_py.roms.get_all_rom_ids()
+            if ale_py.ALEInterface.isSupportedROM(ale_py.roms.get_rom_path(rom))}
     if game not in roms:
-        near = [name for name in (*roms, "GridWorld") if name.lower() == game.lower()]
-        raise Refusal(f"--game {game}: no such game; try {(near + ['Pong or GridWorld'])[0]}")
-    if not ale_py.ALEInterface.isSupportedROM(ale_py.roms.get_rom_path(roms[game])):
-        raise Refusal(f"--game {game}: a game for two, which ALE does not play; try Pong")
+        near = [name for name in (*roms, "GridWorld") if name.lower() == game.lower()] + ["Pong"]
+        raise Refusal(f"--game {game}: ALE plays no such game; try {near[0]}")
     return roms[game]
 
 
@@ -1374,29 +1273,22 @@ def validate(cfg: Config) -> Config:
 def choose_device(cfg: Config) -> tuple[torch.device, str]:
     """The device asked for, or the best, and the precision: bfloat16 where it is faster."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with or_refuse(f"--device {cfg.device}: not on this machine", "try cpu, cuda, cuda:1 or mps"):
+    with guard(f"--device {cfg.device}: not on this machine", "try cpu, cuda, cuda:1 or mps"):
         x = torch.ones(512, 512, device=best if cfg.device == "auto" else cfg.device)
         x.sum().item()
-    fast = False
     if x.is_cuda:
         torch.cuda.set_device(x.device)  # the one whose random generator is saved
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif x.is_cpu:  # a race of two matmuls
-        full, half = (min(timeit.repeat("x @ x", repeat=9, number=1, globals=dict(x=t)))
-                      for t in (x, x.bfloat16()))
-        fast = 1.5 * half < full
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if x.is_cuda
+            else x.is_cpu and torch.cpu._is_avx512_bf16_supported())
     auto = "bfloat16" if fast else "float32"
     return x.device, auto if cfg.precision == "auto" else cfg.precision
 
 
-def compile_parts(cfg: Config, model: WorldModel, agent: ActorCritic, device: torch.device) -> str:
-    """On CUDA compile the losses, and dreams into one CUDA graph; say which path the scan takes."""
-    if cfg.compile == "off" or device.type != "cuda":  # on CPUs torch 2.13's code was seen to crash
-        return "eager"
+def compile_parts(model: WorldModel, agent: ActorCritic) -> None:
+    """For CUDA alone, as torch 2.13's CPU code was seen to crash: compile losses and dreams."""
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs eager
     model.loss, agent.loss = torch.compile(model.loss), torch.compile(agent.loss)
     model.imagine = torch.compile(model.imagine, mode="reduce-overhead")
-    return "compiled"
 
 
 def keep_freed_pages() -> None:
@@ -1411,7 +1303,7 @@ def rebuild(saved: dict, cfg: Config, device: torch.device) -> tuple[WorldModel,
     """World model and actor-critic with a checkpoint's weights, ready to play."""
     num_actions = int(make_env(cfg.game, 1, cfg.image_size).single_action_space.n)
     model, agent = WorldModel(cfg, num_actions), ActorCritic(cfg, num_actions)
-    with or_refuse("the checkpoint's weights do not fit its settings", "use another"):
+    with guard("the checkpoint's weights do not fit its settings", "use another"):
         model.load_state_dict(saved["model"])
         agent.load_state_dict(saved["agent"])
     return model.to(device).eval(), agent.to(device)
@@ -1429,26 +1321,25 @@ def evaluate(cfg: Config, given: set[str], run: Run) -> int:
         n = min(cfg.eval_envs, cfg.eval - len(scores))
         env, player = make_env(cfg.game, n, cfg.image_size), Player(cfg, model, agent, n, device)
         frame, score = env.reset(seed=cfg.seed + len(scores))[0], np.zeros(n)
-        first, plays = torch.ones(n, dtype=torch.bool, device=device), np.ones(n, bool)
+        first, plays = torch.zeros(n, dtype=torch.bool, device=device), np.ones(n, bool)
         while plays.any():
             action, _ = player.act(torch.from_numpy(frame[:, 0]).to(device), first)
             frame, reward, terminated, truncated, info = env.step(action.cpu().numpy())
             score += reward * plays
             plays &= ~episode_over(terminated, truncated, info)
-            first = torch.zeros_like(first)
         scores += score.tolist()
         say(f"scores: {' '.join(f'{s:g}' for s in score)}")
     mean = float(np.mean(scores))
     say(f"{cfg.game} at step {step:,}, {cfg.eval} episodes: mean {mean:.2f}, standard deviation "
         f"{np.std(scores):.2f}")
-    with unless_it_fails("comparing"):
+    with guard("comparing"):
+        from experiments.pictures import levels
         say("; ".join(f"{who} {score:g}" for who, score in levels(cfg.game).items())
             or "nothing published to compare with")
-    result = dict(game=cfg.game, seed=cfg.seed, step=step, episodes=cfg.eval, mean=mean,
-                  scores=scores)
     if not cfg.checkpoint:
-        with unless_it_fails("evaluation.json"):
-            (run.dir / "evaluation.json").write_text(json.dumps(result, indent=1))
+        with guard("evaluation.json"):
+            (run.dir / "evaluation.json").write_text(json.dumps(dict(
+                seed=cfg.seed, step=step, episodes=cfg.eval, mean=mean, scores=scores), indent=1))
     return 0
 
 
@@ -1483,8 +1374,7 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line -> exit code: 1 not finite, 2 refused, 128 + n stopped by signal n."""
     keep_freed_pages()
-    # RMSNorm under autocast: bfloat16 in, float32 weights, as meant
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    warnings.filterwarnings("ignore", message="Mismatch dtype")  # RMSNorm: bfloat16 in, as meant
     try:
         cfg, given = parse(argv)
         validate(cfg)

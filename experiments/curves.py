@@ -27,6 +27,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drama  # noqa: E402
+from experiments import pictures  # noqa: E402
+from experiments.gridworld import GridWorld  # noqa: E402
 from experiments.suite import PUBLISHED  # noqa: E402
 
 COLOURS = "#1f5fa8", "#7a7a7a", "#e07b00", "#2a8a3e", "#8b3fa0"
@@ -49,7 +51,7 @@ def random_return(episodes: int = 500) -> float:
     """Mean return of uniformly random actions in GridWorld."""
     env, rng = drama.make_env("GridWorld", episodes, 8), np.random.default_rng(0)
     env.reset(seed=0)
-    actions = rng.integers(len(drama.GridWorld.MOVES), size=(drama.GridWorld.STEPS, episodes))
+    actions = rng.integers(len(GridWorld.MOVES), size=(GridWorld.STEPS, episodes))
     return sum(env.step(a)[1].sum() for a in actions) / episodes
 
 
@@ -160,9 +162,9 @@ def compare(args):
     if args.dreamerv3 and args.game not in DREAMER_V3:
         drama.refuse(f"--dreamerv3: no curve of {args.game}, only of {', '.join(DREAMER_V3)}")
     if args.game == "GridWorld":
-        levels = {"random": random_return(), "best possible": drama.GridWorld.BEST}
+        levels = {"random": random_return(), "best possible": GridWorld.BEST}
     else:
-        levels = drama.levels(args.game)
+        levels = pictures.levels(args.game)
     groups = {}
     for name, *patterns in args.group:
         files = sorted(file for pattern in patterns for file in glob.glob(pattern) or [pattern])

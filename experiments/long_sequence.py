@@ -3,7 +3,7 @@
     python experiments/long_sequence.py --out results/long-sequence
 
 A frame is 25 cell tokens, row by row, and the token of the action that follows it, 26 in all; each
-token comes with its place in the frame. The world is drama.GridWorld's, with eyes: an action also
+token comes with its place in the frame. The world is gridworld.py's, with eyes: an action also
 says whether the next frame shows the goal. The goal is shown again 1, 2, 4, … frames after it was
 last shown, up to half the sequence, each gap as likely as another, and is reached only in sight;
 with gaps of 1 this is GridWorld. The models are those of backbones.py, small, with equal
@@ -33,13 +33,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import backbones  # noqa: E402
 
 import drama  # noqa: E402
+from experiments.gridworld import GridWorld  # noqa: E402
 
 WALL, FLOOR, AGENT, GOAL, FIRST_ACTION = range(5)  # cells, then actions with eyes shut, with open
-MOVES, INNER = np.array(drama.GridWorld.MOVES), drama.GridWorld.SIDE
+MOVES, INNER = np.array(GridWorld.MOVES), GridWorld.SIDE
 SIDE = INNER + 2
 CELLS, ACTIONS = SIDE**2, 2 * len(MOVES)
 FRAME = CELLS + 1  # tokens

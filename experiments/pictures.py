@@ -10,14 +10,28 @@ from matplotlib.figure import Figure  # no pyplot: it would ask for a screen
 from PIL import Image, ImageDraw, ImageFont
 from torch.distributions import OneHotCategorical
 
-
-def draw(logp: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (..., K, C) -> one-hot draws."""
-    return OneHotCategorical(logits=logp).sample()
+from experiments.gridworld import GridWorld
 
 
-def draw_curves(folder: Path, game: str, levels: dict):
-    """curves.png, from the two tables, with a line at each of `levels` (by name) -> the figure."""
+def levels(game: str) -> dict[str, float]:
+    """Mean scores to compare with, as published: {who: score}, none for a game without any."""
+    if game == "GridWorld":
+        return {"best possible": GridWorld.BEST}
+    with open(Path(__file__).parent.parent / "results" / "atari100k.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["game"] == game]
+    return {who: float(row[who]) for row in rows for who in ("random", "human", "Drama")}
+
+
+def draw(folder: Path, cfg, model, replay) -> None:
+    """Both pictures of a run, each whether or not the other can be drawn."""
+    try:
+        draw_curves(folder, cfg.game)
+    finally:
+        draw_dreams(folder, cfg, model, replay)
+
+
+def draw_curves(folder: Path, game: str):
+    """curves.png, from the two tables, with a line at each of the game's levels -> the figure."""
     episodes, metrics = (list(csv.DictReader((folder / name).read_text().splitlines()))
                          for name in ("episodes.csv", "metrics.csv"))
     panels = ("return", "reconstruction", "kl dynamics", "reward termination", "policy_entropy",
@@ -29,13 +43,18 @@ def draw_curves(folder: Path, game: str, levels: dict):
             for name in names.split():
                 values = [float(row[name]) for row in rows]
                 axis.plot([float(row["step"]) for row in rows], values, ".-", ms=2, label=name)
-            for i, (name, level) in enumerate(levels.items()):
+            for i, (name, level) in enumerate(levels(game).items()):
                 if names == "return":
                     axis.axhline(level, ls="--", lw=1, color=f"C{i + 1}", label=name)
             axis.set(title=f"{game}: {names.replace(' ', ', ')}", xlabel="environment steps")
             axis.legend(fontsize="small")
         figure.savefig(folder / "curves.png", dpi=80)
     return figure
+
+
+def sampled(logp: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (..., K, C) -> one-hot draws."""
+    return OneHotCategorical(logits=logp).sample()
 
 
 @torch.no_grad()
@@ -53,12 +72,12 @@ def draw_dreams(folder: Path, cfg, model, replay) -> None:
         rows = starts + torch.arange(length, device=device)
         calm = replay.first[rows[:, 1:]].sum(1).argmin()  # if possible, where no episode opens
         batch = replay.batch(rows[calm, None])
-        z = draw(model.encode(batch.frame)).flatten(-2)
+        z = sampled(model.encode(batch.frame)).flatten(-2)
         d, states = model.sequence(z[:, :context], batch.action[:, :context], None,
                                    batch.first[:, :context])
         dreamt, d = [*z[:, :context].unbind(1)], d[:, -1]
         for action in batch.action[:, context:].unbind(1):
-            dreamt.append(draw(model.log_prior(d)).flatten(-2))
+            dreamt.append(sampled(model.log_prior(d)).flatten(-2))
             d, states = model.sequence(dreamt[-1], action, states)
     drawn = [model.decode(latents)[0].movedim(1, -1) for latents in (z, torch.stack(dreamt, 1))]
     film = torch.stack([batch.frame[0], *((255 * x).byte() for x in drawn)], 1)  # (l, 3, H, W, 3)

@@ -60,11 +60,10 @@ def make_stages(cfg, run, model, agent, rows: int, device, autocast) -> dict:
         news |= drama.update_world_model(model, learners[0], replay)
         news |= drama.update_actor_critic(cfg, model, agent, learners[1], replay)
     run.dir.mkdir(exist_ok=True)
-    drama.begin_table(run.dir / "episodes.csv", ["step", "return"], 0)
-    drama.begin_table(run.dir / "metrics.csv", ["step", *news], 0)
-    drama.append(run.dir / "episodes.csv", 0, 0.0)
-    for step in range(0, 100_000, cfg.log_every):  # as many as in Atari 100k
-        drama.append(run.dir / "metrics.csv", step, *news.values())
+    (run.dir / "episodes.csv").write_text("step,return\n0,0\n")
+    rows = [[step, *news.values()] for step in range(0, 100_000, cfg.log_every)]  # Atari 100k's
+    (run.dir / "metrics.csv").write_text(
+        "\n".join(",".join(map(str, row)) for row in [["step", *news], *rows]))
 
     def act():
         """One action."""
@@ -73,8 +72,7 @@ def make_stages(cfg, run, model, agent, rows: int, device, autocast) -> dict:
 
     def draw():
         """Both pictures."""
-        pictures.draw_curves(run.dir, cfg.game, drama.levels(cfg.game))
-        pictures.draw_dreams(run.dir, cfg, model, replay)
+        pictures.draw(run.dir, cfg, model, replay)
 
     return {
         "act": act,
@@ -105,13 +103,14 @@ def main() -> None:
         with FlopCounterMode(display=False) as counter, autocast:
             call()
         work[name] = counter.get_total_flops() / 1e9
-    scan = drama.compile_parts(cfg, model, agent, device)
+    if compiled := cfg.compile == "auto" and device.type == "cuda":
+        drama.compile_parts(model, agent)
     seconds = {name: median_seconds(call if name == "pictures" else autocast(call), device)
                for name, call in stages.items()}
     x = torch.randn(2048, 2048, device=device)
     rate = 2 * 2048**3 / 1e9 / median_seconds(lambda: x @ x, device)
-    print(f"preset {cfg.preset}, {device}, {torch.get_num_threads()} threads, {precision}, scan "
-          f"{scan}; float32 matmul {rate:.0f} GFLOP/s")
+    print(f"preset {cfg.preset}, {device}, {torch.get_num_threads()} threads, {precision}"
+          f"{', compiled' * compiled}; float32 matmul {rate:.0f} GFLOP/s")
     print(f"{'stage':<22}{'seconds':>9}{'GFLOP':>9}{'of matmul rate':>16}")
     for name in stages:
         share = work[name] / seconds[name] / rate
