@@ -232,6 +232,7 @@ def draw(rows: list[dict], path: Path) -> None:
     """Time, memory, a step against length, with slopes, also printed; recall against the gap."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    pyplot.rcParams["font.size"] = 13
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 10), layout="constrained")
     panels = {"forward and backward, milliseconds": ("forward_ms", "backward_ms"),
               "peak memory, MiB": ("peak_MiB",),
