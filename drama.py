@@ -1161,8 +1161,9 @@ class Run(contextlib.ExitStack):
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             vars(at).update(saved["at"])
-            self.player.memory, self.tables = saved["memory"], saved["tables"]
-            self.pending = saved["pending"]
+            self.player.memory = saved["memory"]
+            self.pending = {name: [*map(float, found)] for name, found in saved["pending"].items()}
+            self.tables = {name: [*map(str, saved["tables"][name])] for name in self.tables}
             if saved["device"] == self.device.type:  # a resume elsewhere chooses anew
                 self.precision = saved["precision"]
                 for module, state in zip(self.random, saved["generators"], strict=True):
@@ -1368,7 +1369,7 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
     preset = given.get("preset", "auto")
     if preset == "auto":
         preset = "gridworld" if given.get("game") == "GridWorld" else "laptop"
-    return Config(**{**PRESETS[preset], **given, "preset": preset}), set(given)
+    return validate(Config(**{**PRESETS[preset], **given, "preset": preset})), set(given)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1377,7 +1378,6 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Mismatch dtype")  # RMSNorm: bfloat16 in, as meant
     try:
         cfg, given = parse(argv)
-        validate(cfg)
         with Run(cfg) as run:
             if cfg.eval:
                 return evaluate(cfg, given, run)

@@ -1109,7 +1109,7 @@ def test_commands_of_the_readme_are_understood():
             with pytest.raises(SystemExit, match="0"):
                 drama.parse(argv)
         else:
-            drama.validate(drama.parse(argv)[0])
+            drama.parse(argv)
 
 
 @pytest.mark.parametrize("line, words", [
@@ -1599,7 +1599,6 @@ def test_every_flag_works_or_is_refused(f, capsys):
     for value in {*wrong, "0", "-0.5", "1", "2", "true", *map(str, allowed)}:
         try:
             cfg, _ = drama.parse([*TINY, f"--{f.name}={value}"])
-            drama.validate(cfg)
         except drama.Refusal as refusal:
             assert f"--{f.name.replace('_', '-')}" in str(refusal) and "\n" not in str(refusal)
             continue
@@ -3386,6 +3385,7 @@ CONSOLES["dead"].write = raises(BrokenPipeError())
 @pytest.mark.parametrize("console", CONSOLES.values(), ids=CONSOLES)
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_a_run_needs_no_console(console, in_thread, run, monkeypatch):
+    tqdm.set_lock(threading.RLock())  # the last console may have broken while the bar held it
     OUT.rename("Ωμέγα")
     done = []
     with monkeypatch.context() as patch:
@@ -3426,7 +3426,7 @@ def test_every_game_of_ale_starts_or_is_refused():
         except drama.Refusal as refusal:
             refusals[name] = str(refusal)
     assert sorted(refusals) == ["Combat", "Joust", "MazeCraze", "Warlords"] and len(names) > 100
-    assert all("for two" in words and "\n" not in words for words in refusals.values())
+    assert all("plays no such game" in words for words in refusals.values())
 
 
 def test_a_checkpoint_from_before_a_setting_goes_on(run, capsys):
@@ -3442,7 +3442,7 @@ def test_a_checkpoint_from_before_a_setting_goes_on(run, capsys):
 
 
 PARTS = ("at step", "config", "config game", "config gamma", "generators", "generators 0",
-         "pending", "pending kl", "model prior.weight", "agent scale", "agent_learner",
+         "pending", "pending kl", "tables", "model prior.weight", "agent scale", "agent_learner",
          "replay action", "replay latent", "env agent", "env rng")
 
 

@@ -292,7 +292,6 @@ def main(argv: list[str] | None = None) -> int:
             print(__doc__, "\nThe flags of drama.py:\n", sep="")
             return drama.main(["--help"])
         cfg, given = drama.parse(rest)
-        drama.validate(cfg)
         counts = {name: size(make(name, cfg, 1).layers[0]) for name in ("mamba2", *LAYERS)}
     except drama.Refusal as error:
         print(f"backbones.py: {error}", file=sys.stderr)

@@ -69,7 +69,6 @@ class Run:
         self.log, self.name = self.dir / "suite.log", f"{game} seed {seed}"
         self.flags = ["--game", game, "--seed", str(seed), "--out", str(self.dir), *flags]
         self.cfg, self.given = drama.parse(self.flags)
-        drama.validate(self.cfg)
         if self.given & {"checkpoint"} or (
                 self.cfg.game, self.cfg.seed, self.cfg.out) != (game, seed, str(self.dir)):
             raise drama.Refusal("the suite sets --game, --seed, --out and --checkpoint; give it "
