@@ -1388,7 +1388,7 @@ def main(argv: list[str] | None = None) -> int:
         code, words = 2, str(error)
     except FloatingPointError as error:
         code, words = 1, f"{error} is not finite; use lower learning rates and another --out"
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (ImportError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # memory ran out
             raise
         code, words = 2, f"{str(error) or 'out of memory'}; what was saved is as before"

@@ -2073,7 +2073,7 @@ def test_play_says_where_the_page_is_and_who_can_reach_it(line, words, monkeypat
     ("--checkpoint torn.pt", "torn.pt: no whole"), ("--game Tennis", "Tennis.pt"),
     ("--checkpoint it.pt --game Pong", r"game \(was GridWorld, now Pong\)"),
     ("--checkpoint sizes.pt", "weights do not fit"), ("--checkpoint new.pt", "unexpected.*hands"),
-    ("--checkpoint other.pt", "Pnog: no such"), ("--checkpoint it.pt", "no display.*--no-browser"),
+    ("--checkpoint other.pt", "Pnog: ALE plays"), ("--checkpoint it.pt", "no display.*--no-browser"),
     ("--checkpoint it.pt --no-browser --port {}", "--port.*try another"),
     ("--checkpoint it.pt --run .", "not allowed with"), ("--port 70000", "--port 70000"),
     ("--steps 0 --gif x.gif", "--steps 0"), ("--speed 16", "--speed.*16"),
@@ -3472,7 +3472,7 @@ def test_rewards_that_are_not_numbers_are_refused_by_name(run, capsys, monkeypat
     step = GridWorld.step
     monkeypatch.setattr(GridWorld, "step", lambda self, action: (
         (result := step(self, action))[0], math.nan, *result[2:]))
-    refused(capsys, "reward is not finite", code=1)
+    refused(capsys, "reward is not finite", code=1, steps=200, changed={"config.json"})
 
 
 # -- the scan and the layer as a library
@@ -3571,8 +3571,10 @@ def test_a_run_folder_on_windows(monkeypatch):
 def test_lines_end_as_they_may(tmp_path):
     """A checkout with CRLF runs, and so does a file system that does not tell capitals apart."""
     folder = Path(drama.__file__).parent
-    source = (folder / "drama.py").read_text().replace("\n", "\r\n").encode()
-    (tmp_path / "drama.py").write_bytes(source)
+    (tmp_path / "experiments").mkdir()
+    for name in ("drama.py", "experiments/gridworld.py"):
+        source = (folder / name).read_text().replace("\n", "\r\n").encode()
+        (tmp_path / name).write_bytes(source)
     names = [p.name.lower() for p in folder.iterdir()]
     assert len(names) == len({*names})
     code = ("import drama, json; print(json.dumps(vars(drama.Config()))); "
@@ -3582,6 +3584,13 @@ def test_lines_end_as_they_may(tmp_path):
                                "PYTHONCOERCECLOCALE": "0", "PYTHONWARNINGS": "error"}, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[0]) == vars(drama.Config())
+
+
+def test_a_page_that_lacks_experiments_says_so_in_a_line(tmp_path):
+    shutil.copy(drama.__file__, tmp_path)
+    done = subprocess.run([sys.executable, "drama.py", *TINY], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "No module named 'experiments'" in done.stderr
 
 
 def test_a_run_in_a_process_that_was_spawned(run):
