@@ -2073,7 +2073,7 @@ def test_play_says_where_the_page_is_and_who_can_reach_it(line, words, monkeypat
     ("--checkpoint torn.pt", "torn.pt: no whole"), ("--game Tennis", "Tennis.pt"),
     ("--checkpoint it.pt --game Pong", r"game \(was GridWorld, now Pong\)"),
     ("--checkpoint sizes.pt", "weights do not fit"), ("--checkpoint new.pt", "unexpected.*hands"),
-    ("--checkpoint other.pt", "Pnog: ALE plays"), ("--checkpoint it.pt", "no display.*--no-browser"),
+    ("--checkpoint other.pt", "Pnog: ALE"), ("--checkpoint it.pt", "no display.*--no-browser"),
     ("--checkpoint it.pt --no-browser --port {}", "--port.*try another"),
     ("--checkpoint it.pt --run .", "not allowed with"), ("--port 70000", "--port 70000"),
     ("--steps 0 --gif x.gif", "--steps 0"), ("--speed 16", "--speed.*16"),
