@@ -1129,7 +1129,7 @@ class Run(contextlib.ExitStack):
         if cfg.game == "GridWorld":  # Atari has no state_dict: a resume opens a new episode
             parts["env"] = env.envs[0].unwrapped
         frame = self.restore(at, frame) if self.saved else frame
-        self.frames.touch()
+        open(self.frames, "ab").close()  # there, and to be written to
         with guard("config.json"):
             (self.dir / "config.json").write_text(json.dumps(vars(cfg), indent=1))
         if compiled := cfg.compile == "auto" and self.device.type == "cuda":
@@ -1151,8 +1151,7 @@ class Run(contextlib.ExitStack):
 
     def interrupt(self, number, _) -> None:
         """Ctrl-C and its like: the first lets the step in hand end, the second leaves at once."""
-        self.interrupted = number
-        signal.signal(number, signal.SIG_DFL)
+        self.interrupted = os._exit(128 + number) if self.interrupted else number
 
     def restore(self, at: Progress, frame: np.ndarray) -> np.ndarray:
         """Put everything back as it was at the checkpoint -> the frame to go on from."""
@@ -1175,9 +1174,6 @@ class Run(contextlib.ExitStack):
 
     def save(self, at: Progress) -> None:
         """Append the frames, then write the checkpoint aside, flush and rename it: never torn."""
-        for name, rows in self.tables.items():
-            with guard(name):
-                (self.dir / name).write_text("\n".join(rows) + "\n")
         frame, buffer, aside = self.parts["replay"].frame, io.BytesIO(), self.dir / "checkpoint.new"
         self.stored = time.perf_counter()
         at.seconds = self.stored - self.begun
@@ -1202,26 +1198,29 @@ class Run(contextlib.ExitStack):
     def log(self, at: Progress, news: dict) -> None:
         """Rows for the tables, a step for the bar; checkpoint and pictures when it is time."""
         cfg, now, learner = self.cfg, time.perf_counter(), self.parts["model_learner"]
-        seconds = now - self.begun
+        when = f"{at.step},{now - self.begun:.6g},"
         for name, value in news.items():
             self.pending.setdefault(name, []).append(value)
         if at.first:
             self.shown["return"] = at.total
-            self.tables["episodes.csv"].append(
-                f"{at.step},{seconds:.6g},{at.episode},{at.total:.6g},{at.length}")
+            self.tables["episodes.csv"].append(when + f"{at.episode},{at.total:.6g},{at.length}")
         if at.step % cfg.log_every == 0 and self.pending:
             means = {name: float(np.mean(self.pending.get(name, math.nan))) for name in METRICS}
-            self.tables["metrics.csv"].append(f"{at.step},{seconds:.6g},{learner.updates},"
-                                              + ",".join(f"{m:.6g}" for m in means.values()))
+            self.tables["metrics.csv"].append(f"{when}{learner.updates}," + ",".join(
+                f"{mean:.6g}" for mean in means.values()))
             self.shown.update(reconstruction=means["reconstruction"], kl=means["kl"])
             self.pending = {}
+        if at.first or at.step % cfg.log_every == 0 or at.step == cfg.steps:
+            for name, rows in self.tables.items():
+                with guard(name):
+                    (self.dir / name).write_text("\n".join(rows) + "\n")
         with guard("the bar"):
             self.bar.set_postfix(self.shown, refresh=False)
             self.bar.update()
         if now - self.stored > cfg.save_every:
             self.save(at)
-            if now - self.drawn > cfg.draw_every:
-                self.draw()
+        if now - self.drawn > cfg.draw_every:
+            self.draw()
 
     def draw(self) -> None:
         """curves.png, dream.gif and dream.png."""
@@ -1246,10 +1245,10 @@ class Run(contextlib.ExitStack):
 
 def rom_name(game: str) -> str:
     """ALE's name of a game, MsPacman -> ms_pacman; Refusal if it has none."""
-    roms = {rom.title().replace("_", ""): rom for rom in ale_py.roms.get_all_rom_ids()
-            if ale_py.ALEInterface.isSupportedROM(ale_py.roms.get_rom_path(rom))}
-    if game not in roms:
-        near = [name for name in (*roms, "GridWorld") if name.lower() == game.lower()] + ["Pong"]
+    roms = {rom.title().replace("_", ""): rom for rom in ale_py.roms.get_all_rom_ids()}
+    if game not in roms or not ale_py.ALEInterface.isSupportedROM(
+            ale_py.roms.get_rom_path(roms[game])):
+        near = [x for x in {*roms, "GridWorld"} - {game} if x.lower() == game.lower()] + ["Pong"]
         raise Refusal(f"--game {game}: ALE plays no such game; try {near[0]}")
     return roms[game]
 
@@ -1272,7 +1271,7 @@ def validate(cfg: Config) -> Config:
 
 
 def choose_device(cfg: Config) -> tuple[torch.device, str]:
-    """The device asked for, or the best, and the precision: bfloat16 where it is faster."""
+    """The device asked for, or the best, and the precision: bfloat16 where the chip has it."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with guard(f"--device {cfg.device}: not on this machine", "try cpu, cuda, cuda:1 or mps"):
         x = torch.ones(512, 512, device=best if cfg.device == "auto" else cfg.device)
@@ -1340,7 +1339,8 @@ def evaluate(cfg: Config, given: set[str], run: Run) -> int:
     if not cfg.checkpoint:
         with guard("evaluation.json"):
             (run.dir / "evaluation.json").write_text(json.dumps(dict(
-                seed=cfg.seed, step=step, episodes=cfg.eval, mean=mean, scores=scores), indent=1))
+                game=cfg.game, seed=cfg.seed, step=step, episodes=cfg.eval, mean=mean,
+                scores=scores), indent=1))
     return 0
 
 

@@ -11,6 +11,7 @@ one list of tasks: grade.py and bugs.py read it too.
 
 import argparse
 import ast
+import shutil
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -233,7 +234,10 @@ def choose(text: str | None, tasks=TASKS) -> list[Task]:
 
 
 def write(folder: str, text: str, force: bool) -> Path:
-    """Write folder/drama.py; Refusal rather than over a file that may be somebody's work."""
+    """Write folder/drama.py, and beside it what it imports.
+
+    Refusal rather than over a file that may be somebody's work.
+    """
     path = Path(folder) / "drama.py"
     if path.resolve() == ORIGINAL:
         raise Refusal(f"--out {folder}: that is the original; use another folder")
@@ -241,6 +245,9 @@ def write(folder: str, text: str, force: bool) -> Path:
         raise Refusal(f"{path} is there already; use another --out, or --force to write over it")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+    (path.parent / "experiments").mkdir(exist_ok=True)
+    for name in ("gridworld.py", "pictures.py"):  # what drama.py finds there
+        shutil.copy(ORIGINAL.parent / "experiments" / name, path.parent / "experiments")
     return path
 
 

@@ -25,7 +25,7 @@ ARMS = ("--preset paper", "--preset laptop",
 
 def play(flags: str, rows: int) -> dict[str, torch.Tensor]:
     """v, b and the next draws' weights of a run's replay, its frames left black."""
-    cfg, _ = drama.parse(f"{flags} --device cpu --steps {rows} --image_size 8".split())
+    cfg, _ = drama.parse(f"{flags} --device cpu --steps {rows} --image_size 16".split())
     replay = drama.Replay(cfg, torch.device("cpu"))
     wait = 3 * cfg.see_first * cfg.train_every * rows // 100_000  # NOTE(6), in a run so short
     for replay.size in range(rows // 100, rows + 1, cfg.train_every):

@@ -171,10 +171,7 @@ def main() -> None:
     own.add_argument("--picture", default="")
     own, rest = own.parse_known_args()
     drama.keep_freed_pages()
-    cfg, given = drama.parse(rest)
-    if "warmup" not in given:
-        cfg = dataclasses.replace(cfg, warmup=5000)
-    drama.validate(cfg)
+    cfg, _ = drama.parse(["--warmup", "5000", *rest])
     torch.manual_seed(cfg.seed)
     device, precision = drama.choose_device(cfg)
     if own.run:
