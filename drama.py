@@ -32,7 +32,7 @@ The loop is `train`, section 9: act, store, train the world model, dream, train 
     first                  (b, l)                1 where o_t opens an episode
     d             d_t      (b, l, d_model)       all that the past up to a_t says of what comes
     state         h_t      (b, h, p, n)          the memory of a Mamba-2 layer (section 6)
-    trained, dreamt  v, b  (rows,)               windows that began at a row; b in [1] alone
+    trained, dreamt  v, b  (rows,)               windows, and dreams, that began at a row
 
 Small letters in shapes are sizes: b batch, l length, K categoricals, C classes.
 Sources: [1] Drama, arXiv 2410.08893v4. [2] Mamba-2 (SSD), arXiv 2405.21060. [3] Mamba, arXiv
@@ -253,10 +253,10 @@ class Replay:
 
         d_t = f(z_0,a_0, .., z_t,a_t)  foretells  z_{t+1} of the next row, and r_t, e_t of its own
 
-    The frame after an episode's end has no action and gets no row. A lost life is an end to learn
-    (terminated = 1), but the episode goes on (first = 0). After a truncation the next row has
-    first = 1, but terminated = 0. A window may hold the end of an episode and the next one's start:
-    `first` clears the model's state there.
+    An episode's last frame has no action and gets no row. A lost life is an end to learn, so that
+    lives are dear (terminated = 1), but the episode goes on (then first = 0). A row cut by the time
+    limit keeps terminated = 0, as the game did not end (then first = 1). A window may hold an
+    episode's end and the next one's start: `first` clears the model's state there.
     """
 
     COLUMNS = ("action", "reward", "terminated", "first", "latent", "trained", "dreamt")
@@ -487,9 +487,9 @@ def mlp(d_in: int, units: int, hidden: int, d_out: int, zero: bool = False) -> n
 #     y_t     = state_t C_t
 #
 # x_t is what to write, B_t where to write it, C_t where to read, dt_t how much to write and,
-# through exp(dt_t A) in (0, 1), how much to forget. All are computed from the token; only A is a
-# weight. Each head has its own x, dt and A; all share B and C. Unrolled, y_i is a weighted sum of
-# all earlier x_j:
+# through exp(dt_t A) in (0, 1), how much to forget. All are computed from the newest tokens; only A
+# is a weight. Each head has its own x, dt and A; all share B and C. Unrolled, y_i is a weighted sum
+# of all x_j up to its own, from a state of zeros:
 #
 #     y_i = sum_{j<=i} (C_i . B_j) exp(S_i - S_j) dt_j x_j,   S_i = dt_1 A + .. + dt_i A
 #
@@ -542,16 +542,16 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
         same = (segment[..., :, None] == segment[..., None, :]).tril()  # (b,c,1,q,q)
         decay = (S[..., :, None] - S[..., None, :]).masked_fill(~same, -torch.inf).exp()
         y = (C @ B.mT * decay) @ X  # (b,c,h,q,q) @ (b,c,h,q,p)
-        # 2 what each chunk has added to the state by its end
+        # 2 added to the state by the end of each chunk: sum_j exp(S_q - S_j) dt_j x_j B_j^T
         to_end = (S[..., -1:] - S).exp() * (segment == segment[..., -1:])  # (b,c,h,q)
         added = ((B * to_end[..., None]).mT @ X).mT  # (b,c,h,p,n)
-        # 3 from chunk to chunk; unbind, as t[:, i] would make a full-size gradient of zeros each
+        # 3 from chunk to chunk: state = exp(S_q) state + added (unbind: t[:, i] trains slowly)
         kept = S[..., -1, None, None].exp()  # (b,c,h,1,1): by a whole chunk
         cleared, before = segment[..., -1, None, None] > 0, []  # (b,c,1,1,1)
         for kept_c, cleared_c, added_c in zip(*(t.unbind(1) for t in (kept, cleared, added))):
             before.append(state)
             state = kept_c * state.masked_fill(cleared_c, 0) + added_c
-        # 4 what the tokens of a chunk read of the state before it
+        # 4 what y_i reads of the state before its chunk: exp(S_i) state C_i
         if before:
             read = (C * S.exp()[..., None]) @ torch.stack(before, 1).mT
             y = read.masked_fill_((segment > 0)[..., None], 0) + y
@@ -689,7 +689,7 @@ def clear(states: list, where: Tensor) -> list:
 #     the critic's value           a target and a baseline stand still while actor and critic move
 #     the slow critic              only averages the critic
 #
-# Reconstruction, reward, end and, through d, `dynamics` do train the encoder.
+# Reconstruction, reward, end, `representation` and, through d, `dynamics` do train the encoder.
 
 class WorldModel(nn.Module):
     """Encoder, sequence model, decoder, and the heads for the next latent, reward and end."""
@@ -800,7 +800,7 @@ class Dream(NamedTuple):
 
 
 def growth(cfg: Config, updates: int) -> float:
-    """Weight of every loss but reconstruction: 0 for see_first updates, then up to 1 in two more.
+    """Weight of all losses but reconstruction: 0 for see_first updates, in twice as many up to 1.
     NOTE(6): in full at once, they can turn a fresh posterior constant before it has learnt to see.
     """
     grown = (updates - cfg.see_first) / (2 * cfg.see_first) if cfg.see_first else 1
@@ -844,7 +844,7 @@ class ActorCritic(nn.Module):
         d_in, hidden = cfg.d_z + cfg.d_model, cfg.hidden_layers
         self.actor = mlp(d_in, cfg.actor_units, hidden, num_actions)
         self.critic = mlp(d_in, cfg.critic_units, hidden, cfg.bins, zero=True)
-        # not DQN's target network: the critic learns R, and besides not to run from its own past
+        # not DQN's target: the critic learns R, made of its own guesses; this average holds it back
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.two_hot = TwoHot(cfg.bins, cfg.bin_limit)
         self.register_buffer("scale", torch.zeros(()))  # EMA of the returns' 5-95 percentile range
