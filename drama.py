@@ -134,6 +134,7 @@ class Config:
     weight_decay: float = opt(1e-4, "world model: weight decay of matrices and kernels", 0.0, 1.0)
     lr_warmup: int = opt(1000, "updates of linear learning-rate warm-up", 1, 10_000_000)
     lr_fall: float = opt(0.0, "last share of the run, in which learning rates fall to 0", 0.0, 1.0)
+    average: float = opt(0.0, "EMA of the world model's weights: what acts and dreams", 0.0, 0.9999)
     # dreams, actor, critic
     context: int = opt(8, "real frames that a dream starts from", 2, 1024)
     stored_latents: bool = opt(False, "contexts from latents kept at a frame's last encoding")
@@ -256,8 +257,7 @@ class Replay:
     An episode's last frame has no action and gets no row. A lost life is an end to learn, so that
     lives are dear (terminated = 1), but the episode goes on (then first = 0). A row cut by the time
     limit keeps terminated = 0, as the game did not end (then first = 1). A window may hold an
-    episode's end and the next one's start: `first` clears the model's state there.
-    """
+    episode's end and the next one's start: `first` clears the model's state there."""
 
     COLUMNS = ("action", "reward", "terminated", "first", "latent", "trained", "dreamt")
 
@@ -504,8 +504,7 @@ def mlp(d_in: int, units: int, hidden: int, d_out: int, zero: bool = False) -> n
 def ssd_step(x, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
     """One token: state = exp(dt A) state + dt x B^T, y = state C [2].
     x (b,h,p), dt (b,h) > 0, A (h,) < 0, B and C (b,n), state (b,h,p,n) -> y (b,h,p), a NEW state.
-    float32 at least, even under autocast. In memory the state lies as (b,h,n,p), which is faster.
-    """
+    float32 at least, even under autocast. In memory the state is (b,h,n,p), which is faster."""
     with torch.autocast(x.device.type, enabled=False):
         x, dt, A, B, C, state = at_least_float32(x, dt, A, B, C, state)
         written = B[:, None, :, None] * (dt[..., None] * x)[:, :, None]  # (b,h,n,p)
@@ -520,8 +519,6 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
     x (b,l,h,p), dt (b,l,h) > 0, A (h,) < 0, B and C (b,l,n), state (b,h,p,n) or None for zeros,
     first (b,l) bool or None: the state is cleared BEFORE that token. Returns y (b,l,h,p), without
     the D skip, and the last state. Cost linear in l; float32 at least, even under autocast."""
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size {chunk_size}: a chunk has one token or more")
     (b, l, h, p), n = x.shape, B.shape[-1]
     q = min(chunk_size, max(l, 1))
     pad, c = -l % q, -(-l // q)  # c chunks of q; the last is padded with dt = 0: no decay, no input
@@ -571,8 +568,7 @@ class Mamba2(nn.Module):
                      +--> x, B, C --conv--> silu --> scan + D x --*--> norm --out_proj--> y
                      +--> dt --softplus-----------------^
 
-    conv mixes the last d_conv tokens, D x lets a token pass by the state, the gate shuts channels.
-    """
+    conv mixes the last d_conv tokens, D x lets a token pass the state, the gate shuts channels."""
 
     def __init__(self, d_model, d_state, d_conv, expand, headdim, chunk_size):
         super().__init__()
@@ -801,8 +797,7 @@ class Dream(NamedTuple):
 
 def growth(cfg: Config, updates: int) -> float:
     """Weight of all losses but reconstruction: 0 for see_first updates, in twice as many up to 1.
-    NOTE(6): in full at once, they can turn a fresh posterior constant before it has learnt to see.
-    """
+    NOTE(6): in full at once, they can turn a fresh posterior constant before it learns to see."""
     grown = (updates - cfg.see_first) / (2 * cfg.see_first) if cfg.see_first else 1
     return min(1.0, max(0.0, grown))
 
@@ -820,6 +815,13 @@ def update_world_model(model: WorldModel, learner: Learner, replay: Replay) -> d
     metrics = learner.step(losses, weights)
     replay.latent[batch.rows] = z.argmax(-1).byte()
     return {**metrics, "kl": kl.mean().item(), "batch_reward": batch.reward.mean().item()}
+
+
+def follow(slow: nn.Module, fast: nn.Module, share: float) -> None:
+    """Move slow's weights, and BatchNorm's statistics, a share of the way to fast's."""
+    for old, new in zip(slow.state_dict().values(), fast.state_dict().values()):
+        if new.is_floating_point():
+            old.lerp_(new, share)
 
 
 # ---- 8 Actor-critic -----------------------------------------------------------------------------
@@ -877,7 +879,6 @@ class ActorCritic(nn.Module):
 def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
     """Dream on from contexts drawn by DFS, then one update on the dreams -> metrics."""
     rows = replay.draw_contexts()
-    model.eval()
     if cfg.stored_latents:  # NOTE(10): as last encoded, not the context's frames encoded anew
         z = F.one_hot(replay.latent[rows].long(), cfg.classes).flatten(-2).float()
     else:
@@ -886,8 +887,7 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
     dream = model.imagine(agent.actor, z, replay.action[rows], replay.first[rows])
     losses, metrics = agent.loss(dream)
     means = learner.step(losses, agent.weights)
-    for slow, fast in zip(agent.slow_critic.parameters(), agent.critic.parameters()):
-        slow.lerp_(fast.detach(), 1 - cfg.slow_decay)
+    follow(agent.slow_critic, agent.critic, 1 - cfg.slow_decay)
     means["actor_gradient_norm"] = means.pop("gradient_norm")
     return {**means, **{name: x.item() for name, x in metrics.items()}}
 
@@ -920,15 +920,15 @@ def train(cfg: Config, run: Run) -> int:
     torch.manual_seed(cfg.seed)
     env = make_env(cfg.game, 1, cfg.image_size)
     num_actions = int(env.single_action_space.n)
-    model = WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
+    learning = WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
+    model = copy.deepcopy(learning).eval()  # NOTE(11): its moving average, which acts and dreams
     agent = ActorCritic(cfg, num_actions).to(device)
-    model_learner, agent_learner = make_learners(cfg, model, agent)
+    model_learner, agent_learner = make_learners(cfg, learning, agent)
     replay, player = Replay(cfg, device), Player(cfg, model, agent, 1, device)
-    frame = run.start(at, env, player, model=model, agent=agent, replay=replay,
+    frame = run.start(at, env, player, model=model, learning=learning, agent=agent, replay=replay,
                       model_learner=model_learner, agent_learner=agent_learner)
     while at.step < cfg.steps and not run.interrupted:
         # ACT
-        model.eval()
         with run.autocast:
             action, latent = player.act(torch.from_numpy(frame[:, 0]).to(device),
                                         torch.tensor([at.first], device=device),
@@ -947,7 +947,8 @@ def train(cfg: Config, run: Run) -> int:
             # TRAIN WORLD MODEL
             dreams_begin = growth(cfg, model_learner.updates) == 1
             with run.autocast:  # left before dreams begin, as it keeps bfloat16 copies of weights
-                news |= update_world_model(model, model_learner, replay)
+                news |= update_world_model(learning, model_learner, replay)
+            follow(model, learning, max(1 - cfg.average, 10 / (10 + model_learner.updates)))
             # IMAGINE, TRAIN ACTOR-CRITIC
             if dreams_begin:
                 with run.autocast:
@@ -1133,7 +1134,7 @@ class Run(contextlib.ExitStack):
         with guard("config.json"):
             (self.dir / "config.json").write_text(json.dumps(vars(cfg), indent=1))
         if compiled := cfg.compile == "auto" and self.device.type == "cuda":
-            compile_parts(parts["model"], parts["agent"])
+            compile_parts(parts["learning"], parts["model"], parts["agent"])
         say(f"{cfg.game}: preset {cfg.preset} (others: --preset paper, laptop), {self.device}, "
             f"{self.precision}{', compiled' * compiled}, {torch.get_num_threads()} threads\n"
             f"run folder {self.dir}: from step {at.step:,} to {cfg.steps:,}; learning starts at "
@@ -1284,19 +1285,18 @@ def choose_device(cfg: Config) -> tuple[torch.device, str]:
     return x.device, auto if cfg.precision == "auto" else cfg.precision
 
 
-def compile_parts(model: WorldModel, agent: ActorCritic) -> None:
+def compile_parts(learning: WorldModel, model: WorldModel, agent: ActorCritic) -> None:
     """For CUDA alone, as torch 2.13's CPU code was seen to crash: compile losses and dreams."""
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs eager
-    model.loss, agent.loss = torch.compile(model.loss), torch.compile(agent.loss)
+    learning.loss, agent.loss = torch.compile(learning.loss), torch.compile(agent.loss)
     model.imagine = torch.compile(model.imagine, mode="reduce-overhead")
 
 
 def keep_freed_pages() -> None:
     """Ask glibc to keep freed memory: clearing fresh pages for big tensors took half the time."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def rebuild(saved: dict, cfg: Config, device: torch.device) -> tuple[WorldModel, ActorCritic]:

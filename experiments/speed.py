@@ -9,6 +9,7 @@ machine's own float32 matmul rate that the stage reaches. Run it on a quiet mach
 """
 
 import argparse
+import copy
 import dataclasses
 import statistics
 import sys
@@ -48,16 +49,16 @@ def filled_replay(cfg, rows: int, device) -> drama.Replay:
     return replay
 
 
-def make_stages(cfg, run, model, agent, rows: int, device, autocast) -> dict:
+def make_stages(cfg, run, learning, model, agent, rows: int, device, autocast) -> dict:
     """A call for each stage, as `train` makes it."""
-    learners = drama.make_learners(cfg, model, agent)
+    learners = drama.make_learners(cfg, learning, agent)
     replay = filled_replay(cfg, rows, device)
     player = drama.Player(cfg, model, agent, 1, device)
     seen = replay.frame[:1]
     first = torch.zeros(1, dtype=torch.bool, device=device)
     news = {}
     with autocast:
-        news |= drama.update_world_model(model, learners[0], replay)
+        news |= drama.update_world_model(learning, learners[0], replay)
         news |= drama.update_actor_critic(cfg, model, agent, learners[1], replay)
     run.dir.mkdir(exist_ok=True)
     (run.dir / "episodes.csv").write_text("step,return\n0,0\n")
@@ -67,7 +68,6 @@ def make_stages(cfg, run, model, agent, rows: int, device, autocast) -> dict:
 
     def act():
         """One action."""
-        model.eval()
         player.act(seen, first)
 
     def draw():
@@ -78,7 +78,8 @@ def make_stages(cfg, run, model, agent, rows: int, device, autocast) -> dict:
         "act": act,
         "draw a batch": lambda: replay.batch(replay.draw_sequences()),
         "draw contexts": lambda: replay.batch(replay.draw_contexts()),
-        "world model": lambda: drama.update_world_model(model, learners[0], replay),
+        "world model": lambda: (drama.update_world_model(learning, learners[0], replay),
+                                drama.follow(model, learning, 1 - cfg.average)),
         "dreams, actor-critic": lambda: drama.update_actor_critic(cfg, model, agent, learners[1],
                                                                   replay),
         "pictures": draw}
@@ -94,17 +95,18 @@ def main() -> None:
     scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # gone when the program ends
     cfg = dataclasses.replace(cfg, steps=own.rows + 1, out=scratch.name, see_first=0)
     device, precision = drama.choose_device(cfg)
-    model = drama.WorldModel(cfg, ACTIONS).to(device, memory_format=torch.channels_last)
+    learning = drama.WorldModel(cfg, ACTIONS).to(device, memory_format=torch.channels_last)
+    model = copy.deepcopy(learning).eval()
     agent = drama.ActorCritic(cfg, ACTIONS).to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-    stages = make_stages(cfg, drama.Run(cfg), model, agent, own.rows, device, autocast)
+    stages = make_stages(cfg, drama.Run(cfg), learning, model, agent, own.rows, device, autocast)
     work = {}
     for name, call in stages.items():
         with FlopCounterMode(display=False) as counter, autocast:
             call()
         work[name] = counter.get_total_flops() / 1e9
     if compiled := cfg.compile == "auto" and device.type == "cuda":
-        drama.compile_parts(model, agent)
+        drama.compile_parts(learning, model, agent)
     seconds = {name: median_seconds(call if name == "pictures" else autocast(call), device)
                for name, call in stages.items()}
     x = torch.randn(2048, 2048, device=device)
