@@ -183,7 +183,7 @@ PRESETS = {
         head_units=128, batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1,
         see_first=50, mean_frame=True, dreams=256, context=3, horizon=2, stored_latents=True,
         actor_units=128, critic_units=128, hidden_layers=2, model_lr=2e-3, actor_lr=5e-4,
-        entropy=1e-2, lr_warmup=50),
+        entropy=1e-2, lr_warmup=50, average=0.99),
     "tiny": dict(  # for tests
         image_size=16, cnn_width=4, first_stride=2, categoricals=4, classes=6, d_model=16,
         headdim=8, d_state=4, chunk_size=4, head_units=16, bins=41, batch_size=3, batch_length=10,
