@@ -944,7 +944,7 @@ def train(cfg: Config, run: Run) -> int:
 
         news = {}
         if at.step >= cfg.warmup and at.step % cfg.train_every == 0:
-            # TRAIN WORLD MODEL
+            # TRAIN WORLD MODEL; its average follows, closely at first
             dreams_begin = growth(cfg, model_learner.updates) == 1
             with run.autocast:  # left before dreams begin, as it keeps bfloat16 copies of weights
                 news |= update_world_model(learning, model_learner, replay)
