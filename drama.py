@@ -179,11 +179,11 @@ PRESETS = {
         hidden_layers=2, model_lr=2e-3, actor_lr=2e-4, entropy=1e-3, lr_warmup=100,
         lr_fall=0.5, temperature=1.25),
     "gridworld": dict(
-        steps=10_000, first_stride=4, categoricals=16, classes=16, d_model=128, chunk_size=16,
-        head_units=128, batch_size=8, batch_length=32, warmup=3000, train_every=8, free_bits=0.1,
-        see_first=50, mean_frame=True, dreams=256, context=3, horizon=2, stored_latents=True,
-        actor_units=128, critic_units=128, hidden_layers=2, model_lr=2e-3, actor_lr=5e-4,
-        entropy=1e-2, lr_warmup=50, average=0.99),
+        steps=10_000, image_size=32, first_stride=4, cnn_kernel=3, categoricals=16, classes=16,
+        d_model=128, chunk_size=16, head_units=128, batch_size=8, batch_length=32, decoded=0.5,
+        warmup=3000, train_every=8, free_bits=0.1, see_first=50, mean_frame=True, dreams=256,
+        context=3, horizon=2, stored_latents=True, actor_units=128, critic_units=128,
+        hidden_layers=2, model_lr=2e-3, actor_lr=5e-4, entropy=1e-2, lr_warmup=50, average=0.99),
     "tiny": dict(  # for tests
         image_size=16, cnn_width=4, first_stride=2, categoricals=4, classes=6, d_model=16,
         headdim=8, d_state=4, chunk_size=4, head_units=16, bins=41, batch_size=3, batch_length=10,
@@ -929,10 +929,9 @@ def train(cfg: Config, run: Run) -> int:
                       model_learner=model_learner, agent_learner=agent_learner)
     while at.step < cfg.steps and not run.interrupted:
         # ACT
-        with run.autocast:
-            action, latent = player.act(torch.from_numpy(frame[:, 0]).to(device),
-                                        torch.tensor([at.first], device=device),
-                                        at_random=at.step < cfg.warmup)
+        action, latent = player.act(torch.from_numpy(frame[:, 0]).to(device),
+                                    torch.tensor([at.first], device=device),
+                                    at_random=at.step < cfg.warmup)
         action = action.cpu().numpy()
         following, reward, terminated, truncated, info = env.step(action)
 

@@ -555,6 +555,24 @@ def test_dreams_use_the_weights_just_updated(no_pictures, monkeypatch, tmp_path)
     assert len(fresh) == 3 and all(fresh)
 
 
+def test_a_run_acts_in_float32_as_its_evaluation_does(no_pictures, monkeypatch, tmp_path):
+    act, players = drama.Player.act, []
+
+    def checked(self, *args, **options):
+        """The memory tells in which type the model was asked."""
+        players.append(self)
+        return act(self, *args, **options)
+
+    monkeypatch.setattr(drama.Player, "act", checked)
+    flags = "--game GridWorld --steps 50 --precision bfloat16 --out".split()
+    assert drama.main([*RUN, *flags, str(tmp_path)]) == 0
+    assert drama.main([*RUN, *flags, str(tmp_path), "--eval", "1"]) == 0
+    memories = [[p.memory[0], *(x for pair in p.memory[1] for x in pair)]
+                for p in (players[0], players[-1])]
+    assert players[0] is not players[-1] and len(memories[0]) > 2
+    assert all(x.dtype is torch.float32 for memory in memories for x in memory)
+
+
 def test_dreams_wait_until_all_losses_are_in(no_pictures, monkeypatch, tmp_path):
     dream, entropies = drama.update_actor_critic, []
 

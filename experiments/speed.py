@@ -107,7 +107,8 @@ def main() -> None:
         work[name] = counter.get_total_flops() / 1e9
     if compiled := cfg.compile == "auto" and device.type == "cuda":
         drama.compile_parts(learning, model, agent)
-    seconds = {name: median_seconds(call if name == "pictures" else autocast(call), device)
+    plain = "act", "pictures"  # float32 at any --precision, as in `train`
+    seconds = {name: median_seconds(call if name in plain else autocast(call), device)
                for name, call in stages.items()}
     x = torch.randn(2048, 2048, device=device)
     rate = 2 * 2048**3 / 1e9 / median_seconds(lambda: x @ x, device)
