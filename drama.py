@@ -11,9 +11,9 @@
     python drama.py --help                   every setting, one line each
 
 A world model is a simulator that is learnt from play. A frame becomes a latent: K dice of C faces,
-as a discrete VAE draws them. Mamba-2, a recurrent net whose state changes linearly, reads latents
-and actions and foretells the next latent, the reward and the end. So it can dream: its own guess
-takes the place of the next frame. Actor and critic learn in dreams alone.
+thrown as a discrete variational autoencoder (VAE) throws them. Mamba-2, a recurrent net whose state
+changes linearly, reads latents and actions and foretells the next latent, the reward and the end.
+So it can dream: its own guess takes the place of the next frame. Actor and critic learn in dreams.
 
     o_t --encoder--> z_t --+                         +--> prior: a guess of z_{t+1}
                            |                         |
@@ -32,9 +32,9 @@ The loop is `train`, section 9: act, store, train the world model, dream, train 
     first                  (b, l)                1 where o_t opens an episode
     d             d_t      (b, l, d_model)       all that the past up to a_t says of what comes
     state         h_t      (b, h, p, n)          the memory of a Mamba-2 layer (section 6)
-    trained, dreamt  v, b  (rows,)               windows, and dreams, that began at a row
+    trained, dreamt  v, b  (rows,)               windows, and contexts of dreams, begun at a row
 
-Small letters in shapes are sizes: b batch, l length, K categoricals, C classes.
+Sizes: b batch, l length, H W a frame (H also a dream's length), K dice, C faces, h heads of p x n.
 Sources: [1] Drama, arXiv 2410.08893v4. [2] Mamba-2 (SSD), arXiv 2405.21060. [3] Mamba, arXiv
 2312.00752. [4] DreamerV3, arXiv 2301.04104. [5] STORM, arXiv 2310.09615. [6] SimPLe, 1903.00374.
 Left out: other world models, continuous actions, several training environments, data parallelism.
@@ -219,7 +219,7 @@ def episode_over(terminated: np.ndarray, truncated: np.ndarray, info: dict) -> n
 # train on old rows far more often than on new ones. So each row counts the windows (`trained`, v in
 # [1]) and the contexts of dreams (`dreamt`, b) that STARTED there. Train on what was trained on
 # least. Dream anywhere, but a row dreamt from more than its training has earned loses its chance:
-# the world model knows little of it, and its dreams would lie.
+# early on a new one, of which the model knows little; later an old one, where most dreams began.
 
 def dfs_sequence_logits(trained: Tensor, temperature: float) -> Tensor:
     """Logits of P(i) = softmax(-v_i / temperature) [1]."""
@@ -479,9 +479,10 @@ def mlp(d_in: int, units: int, hidden: int, d_out: int, zero: bool = False) -> n
 
 
 # ---- 6 Mamba-2 ----------------------------------------------------------------------------------
-# A state space model is a recurrent net whose state changes linearly, so that a whole sequence can
-# be trained in parallel. Each head keeps a p x n matrix. At each token it forgets a little and
-# writes a little. (In this section B and C are the papers' names of tensors, and no sizes.)
+# A state space model (SSM) is a recurrent net whose state changes linearly, so that a sequence can
+# be trained on in parallel. A token is a pair (z_t, a_t). A layer has h memories side by side, its
+# heads: each is a p x n matrix, that forgets a little at each token and is written to a little.
+# (In this section B and C are the papers' names of tensors, and no sizes.)
 #
 #     state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T      (h_t in the papers)
 #     y_t     = state_t C_t
@@ -568,7 +569,7 @@ class Mamba2(nn.Module):
                      +--> x, B, C --conv--> silu --> scan + D x --*--> norm --out_proj--> y
                      +--> dt --softplus-----------------^
 
-    conv mixes the last d_conv tokens, D x lets a token pass the state, the gate shuts channels."""
+    conv mixes the last d_conv tokens, D x (the D skip) bypasses the scan, a gate shuts channels."""
 
     def __init__(self, d_model, d_state, d_conv, expand, headdim, chunk_size):
         super().__init__()
@@ -634,7 +635,7 @@ class Mamba2(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """(z_t, a_t) … -> d_t: a linear stem, then Mamba-2 layers with pre-norm residuals."""
+    """(z_t, a_t) … -> d_t: a stem, then Mamba-2 layers with pre-norm residuals."""
 
     def __init__(self, cfg: Config, num_actions: int):
         super().__init__()
@@ -750,7 +751,7 @@ class WorldModel(nn.Module):
         forward = kl_divergence(log_later.detach(), log_prior)
         back = kl_divergence(log_later, log_prior.detach())
 
-        def known(kl: Tensor) -> Tensor:  # 0 where o_t opens an episode: it has no past
+        def known(kl: Tensor) -> Tensor:  # 0 where a window or an episode begins
             return F.pad(kl * ~batch.first[:, 1:], (1, 0))  # (b, l-1) -> (b, l)
 
         end = self.termination(d).squeeze(-1).float()
@@ -796,7 +797,7 @@ class Dream(NamedTuple):
 
 
 def growth(cfg: Config, updates: int) -> float:
-    """Weight of all losses but reconstruction: 0 for see_first updates, in twice as many up to 1.
+    """Weight of all losses but reconstruction: 0 for see_first updates, 1 after 3 see_first.
     NOTE(6): in full at once, they can turn a fresh posterior constant before it learns to see."""
     grown = (updates - cfg.see_first) / (2 * cfg.see_first) if cfg.see_first else 1
     return min(1.0, max(0.0, grown))

@@ -1,6 +1,6 @@
 """The slow oracle for the Mamba-2 scan: two plain ways to compute what `ssd_scan` computes fast.
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T        y_t = C_t^T h_t        [2]
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t        [2]
 
 `ssd_recurrent` is that line in a loop over t; `ssd_matrix` is the same map as a lower-triangular
 matrix, y = M x. Both are float64 and differentiable, and share no code with drama.py.
@@ -36,7 +36,7 @@ LONGEST_LOOP = 2048  # beyond it the loop over t would take most of the program'
 
 
 def ssd_recurrent(x, dt, A, B, C, state=None, first=None):
-    """One token after another: h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T, y_t = C_t^T h_t.
+    """One token after another: h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t.
 
     x (b,l,h,p); dt (b,l,h) > 0; A (h,) < 0; B, C (b,l,n), shared by the heads; state (b,h,p,n),
     zeros if None; first (b,l) bool: the state is cleared BEFORE that token. Whatever comes in, it
