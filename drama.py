@@ -13,7 +13,7 @@
 A world model is a simulator that is learnt from play. A frame becomes a latent: K dice of C faces,
 thrown as a discrete variational autoencoder (VAE) throws them. Mamba-2, a recurrent net whose state
 changes linearly, reads latents and actions and foretells the next latent, the reward and the end.
-So it can dream: its own guess takes the place of the next frame. Actor and critic learn in dreams.
+So it can dream: its guess takes the next frame's place. Actor and critic learn in dreams alone.
 
     o_t --encoder--> z_t --+                         +--> prior: a guess of z_{t+1}
                            |                         |
