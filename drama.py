@@ -37,7 +37,6 @@ The loop is `train`, section 9: act, store, train the world model, dream, train 
 Sizes: b batch, l length, H W a frame (H also a dream's length), K dice, C faces, h heads of p x n.
 Sources: [1] Drama, arXiv 2410.08893v4. [2] Mamba-2 (SSD), arXiv 2405.21060. [3] Mamba, arXiv
 2312.00752. [4] DreamerV3, arXiv 2301.04104. [5] STORM, arXiv 2310.09615. [6] SimPLe, 1903.00374.
-Left out: other world models, continuous actions, several training environments, data parallelism.
 NOTE(k) marks a departure from the paper or the published code; the README lists them.
 """
 
@@ -364,8 +363,7 @@ class TwoHot(nn.Module):
 def unimix(logits: Tensor, share: float) -> Tensor:
     """log((1 - share) softmax(logits) + share / C) over the last axis, the C classes.
     No class ever falls below share / C, so that no logarithm meets a zero."""
-    probs = logits.float().softmax(-1)
-    mixed = (1 - share) * probs + share / logits.shape[-1]
+    mixed = (1 - share) * logits.float().softmax(-1) + share / logits.shape[-1]
     return mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log()
 
 
@@ -391,8 +389,7 @@ def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def free_bits(kl: Tensor, threshold: float) -> Tensor:
-    """max(threshold, KL) [4]: a latent foretold that well is not squeezed any further, or it would
-    forget the picture."""
+    """max(threshold, KL) [4]: what is foretold that well would, if squeezed, forget the picture."""
     return kl.clamp(min=threshold)
 
 
@@ -411,8 +408,7 @@ def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lam:
 
 
 # ---- 5 Encoder and decoder ----------------------------------------------------------------------
-# The autoencoder of the VAE. What makes it variational, the random latent and the KL, is in
-# WorldModel.
+# The autoencoder. What makes it a variational one, the random latent and the KL: in WorldModel.
 
 def pixels(frame: Tensor) -> Tensor:
     """(..., H, W, 3) uint8 -> (n, 3, H, W) float in 0..1, in the channels_last memory format."""
@@ -591,7 +587,7 @@ class Mamba2(nn.Module):
     def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:
         """(conv window (b, d_conv-1, channels), SSM state (b, h, p, n)), both zero."""
         new = self.D.new_zeros
-        return (new(batch, self.d_conv - 1, self.parts[1]),
+        return (new(batch, self.d_conv, self.parts[1])[:, 1:],  # strides as `step` leaves them
                 new(batch, self.heads, self.d_state, self.headdim).mT)
 
     def _inputs(self, xBC, dt):
@@ -737,8 +733,7 @@ class WorldModel(nn.Module):
         frame_hat = self.decode(z.flatten(0, 1)[drawn])
         error = (frame_hat - pixels(frame.flatten(0, 1)[drawn])).square().sum(1)
         error = (error * weight / weight.mean()).sum((1, 2))
-        error = error.new_zeros(n).index_copy(0, drawn, error) * (n / count)
-        return error.view(z.shape[:2])
+        return (error.new_zeros(n).index_copy(0, drawn, error) * (n / count)).view(z.shape[:2])
 
     def loss(self, batch: Batch) -> tuple[dict, Tensor, Tensor]:
         """Losses by name, each (b, l); latents (b, l, K, C); KL[posterior || prior] (b, l)."""
@@ -901,7 +896,7 @@ class Player:
         self.memory = (torch.zeros(num_envs, cfg.d_model, device=device),
                        model.sequence.initial_states(num_envs))  # d_{t-1}, h_{t-1}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def act(self, frame: Tensor, first: Tensor, at_random: bool = False) -> tuple[Tensor, Tensor]:
         """frame (n, H, W, 3) uint8, first (n,) bool -> action (n,), latent classes (n, K)."""
         z = draw_one_hot(self.model.encode(frame))
@@ -1134,7 +1129,7 @@ class Run(contextlib.ExitStack):
         with guard("config.json"):
             (self.dir / "config.json").write_text(json.dumps(vars(cfg), indent=1))
         if compiled := cfg.compile == "auto" and self.device.type == "cuda":
-            compile_parts(parts["learning"], parts["model"], parts["agent"])
+            compile_parts(parts["learning"], parts["agent"], player)
         say(f"{cfg.game}: preset {cfg.preset} (others: --preset paper, laptop), {self.device}, "
             f"{self.precision}{', compiled' * compiled}, {torch.get_num_threads()} threads\n"
             f"run folder {self.dir}: from step {at.step:,} to {cfg.steps:,}; learning starts at "
@@ -1281,15 +1276,20 @@ def choose_device(cfg: Config) -> tuple[torch.device, str]:
         torch.cuda.set_device(x.device)  # the one whose random generator is saved
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if x.is_cuda
             else x.is_cpu and torch.cpu._is_avx512_bf16_supported())
-    auto = "bfloat16" if fast else "float32"
-    return x.device, auto if cfg.precision == "auto" else cfg.precision
+    return x.device, ("float32", "bfloat16")[fast] if cfg.precision == "auto" else cfg.precision
 
 
-def compile_parts(learning: WorldModel, model: WorldModel, agent: ActorCritic) -> None:
-    """For CUDA alone, as torch 2.13's CPU code was seen to crash: compile losses and dreams."""
+def compile_parts(learning: WorldModel, agent: ActorCritic, player: Player) -> None:
+    """For CUDA alone, as torch 2.13's CPU code was seen to crash. reduce-overhead: CUDA graphs."""
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs eager
-    learning.loss, agent.loss = torch.compile(learning.loss), torch.compile(agent.loss)
-    model.imagine = torch.compile(model.imagine, mode="reduce-overhead")
+    agent.loss = torch.compile(agent.loss)
+    for part, name in ((learning, "loss"), (player.model, "imagine"), (player, "act")):
+        setattr(part, name, torch.compile(getattr(part, name), mode="reduce-overhead"))
+
+    def act(*args, graph=player.act, **kwargs):  # a copy, as the graph writes to the same place
+        answer, player.memory = graph(*args, **kwargs), copy.deepcopy(player.memory)
+        return answer
+    player.act = act
 
 
 def keep_freed_pages() -> None:

@@ -709,7 +709,8 @@ def test_the_average_of_the_weights_acts_and_dreams(average, no_pictures, monkey
 def test_what_cuda_compiles_is_one_graph_each(model, agent):
     """A break in a graph is a round trip to the host in the middle of a dream; here it raises."""
     torch._dynamo.utils.counters.clear()
-    for part, name in ((model, "loss"), (agent, "loss"), (model, "imagine")):
+    player = Player(small(), model, agent, 1, torch.device("cpu"))
+    for part, name in ((model, "loss"), (agent, "loss"), (model, "imagine"), (player, "act")):
         whole = torch.compile(getattr(part, name), fullgraph=True, backend="aot_eager")
         setattr(part, name, whole)
     replay, cfg = make_replay(), small()
@@ -718,7 +719,8 @@ def test_what_cuda_compiles_is_one_graph_each(model, agent):
         with torch.autocast("cpu", torch.bfloat16):
             drama.update_world_model(model, learner, replay)
             drama.update_actor_critic(cfg, model, agent, acting, replay)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+        player.act(replay.frame[:1], torch.zeros(1, dtype=torch.bool))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -1183,60 +1185,6 @@ def test_bad_input_is_answered_with_one_line(line, words, tmp_path, monkeypatch,
     told = capsys.readouterr().err
     assert re.search(words, told) and re.fullmatch(r"drama\.py: [^\n]+\n", told), told
     assert Path("file").read_text() == "mine"
-
-
-# ---- on a GPU -----------------------------------------------------------------------------------
-
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-
-
-@needs_cuda
-def test_cuda_scans_as_the_recurrence_does():
-    weights = torch.randn(2, 40, 3, 5), torch.randn(2, 3, 5, 7)
-    run = partial(ref.values_and_gradients, weight_y=weights[0], weight_state=weights[1],
-                  first=ref.make_first("random", 2, 40, 16), dtype=torch.float64,
-                  inputs=ref.make_inputs(2, 40, 3, 5, 7, True))
-    want = run(ref.ssd_recurrent)
-
-    def on_cuda(**inputs):
-        """The scan there, its results here."""
-        inputs = {name: x.cuda() for name, x in inputs.items()}
-        return tuple(x.cpu() for x in drama.ssd_scan(**inputs, chunk_size=16))
-
-    got = run(on_cuda)
-    assert max(ref.error(got[k], want[k]) for k in want) < 1e-10
-
-
-@needs_cuda
-@torch.no_grad()
-def test_cuda_sees_and_foretells_as_the_cpu_does(model, agent):
-    batch, told = make_batch((0,), (4,)), []
-    z = one_hot(torch.randint(0, C, (b, l, K)))
-    for device in ("cpu", "cuda"):
-        there, actor = model.to(device), agent.to(device).actor
-        d, _ = there.sequence(z.to(device), batch.action.to(device), first=batch.first.to(device))
-        feature = torch.cat([z.to(device), d], -1)
-        told.append([x.cpu() for x in (
-            there.encode(batch.frame.to(device)), there.decode(z.to(device)), there.log_prior(d),
-            there.two_hot.mean(there.reward(d)), there.termination(d), actor(feature))])
-    for here, there in zip(*told, strict=True):
-        close(here, there, rtol=1e-2, atol=2e-3)  # TF32
-
-
-@needs_cuda
-@pytest.mark.parametrize("compiling", ["auto", "off"])
-def test_cuda_trains_saves_and_goes_on(compiling, no_pictures, tmp_path, capsys):
-    argv = f"--game GridWorld --preset tiny --device cuda --compile {compiling} --out {tmp_path}"
-    assert drama.main([*argv.split(), "--steps", "80"]) == 0
-    assert drama.main([*argv.split(), "--steps", "160"]) == 0
-    told = capsys.readouterr().out
-    assert "from step 80 to 160" in told and "cuda:0, bfloat16" in told
-    assert (", compiled" in told) == (compiling == "auto")
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True, map_location="cpu")
-    assert all(x.isfinite().all() for x in [*saved["model"].values(), *saved["agent"].values()])
-    assert len(read_csv(tmp_path / "metrics.csv")) == 7
-    assert drama.main([*argv.split(), "--eval", "2"]) == 0
 
 
 # ---- keeping a run: stop, go on, kill, break, refuse ---------------------------------------------
@@ -3653,6 +3601,88 @@ def test_a_run_in_a_process_that_was_spawned(run):
     process.join()
     assert process.exitcode == 0
     assert_same_as_whole()
+
+
+# ---- on a GPU: last, as a process that has used CUDA can no longer fork --------------------------
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+
+
+@needs_cuda
+def test_cuda_scans_as_the_recurrence_does():
+    weights = torch.randn(2, 40, 3, 5), torch.randn(2, 3, 5, 7)
+    run = partial(ref.values_and_gradients, weight_y=weights[0], weight_state=weights[1],
+                  first=ref.make_first("random", 2, 40, 16), dtype=torch.float64,
+                  inputs=ref.make_inputs(2, 40, 3, 5, 7, True))
+    want = run(ref.ssd_recurrent)
+
+    def on_cuda(**inputs):
+        """The scan there, its results here."""
+        inputs = {name: x.cuda() for name, x in inputs.items()}
+        return tuple(x.cpu() for x in drama.ssd_scan(**inputs, chunk_size=16))
+
+    got = run(on_cuda)
+    assert max(ref.error(got[k], want[k]) for k in want) < 1e-10
+
+
+@needs_cuda
+@torch.no_grad()
+def test_cuda_sees_and_foretells_as_the_cpu_does(model, agent):
+    batch, told = make_batch((0,), (4,)), []
+    z = one_hot(torch.randint(0, C, (b, l, K)))
+    for device in ("cpu", "cuda"):
+        there, actor = model.to(device), agent.to(device).actor
+        d, _ = there.sequence(z.to(device), batch.action.to(device), first=batch.first.to(device))
+        feature = torch.cat([z.to(device), d], -1)
+        told.append([x.cpu() for x in (
+            there.encode(batch.frame.to(device)), there.decode(z.to(device)), there.log_prior(d),
+            there.two_hot.mean(there.reward(d)), there.termination(d), actor(feature))])
+    for here, there in zip(*told, strict=True):
+        close(here, there, rtol=1e-2, atol=2e-3)  # TF32
+
+
+def test_a_compiled_player_keeps_its_memory_elsewhere(model, agent, monkeypatch):
+    """A CUDA graph writes what it returns to the same place each time."""
+    player, plain = (Player(small(), model, agent, 2, torch.device("cpu")) for _ in range(2))
+
+    def graph(part, mode=None):
+        """Stands for torch.compile: what an acting wrote is spoilt as the next begins."""
+        written = []
+
+        def run(*args):
+            for x in written:
+                x.fill_(torch.nan)
+            answer, (d, states) = part(*args), player.memory
+            written[:] = d, *[s for state in states for s in state]
+            return answer
+        return run if part.__name__ == "act" else part
+
+    monkeypatch.setattr(torch, "compile", graph)
+    drama.compile_parts(model, agent, player)
+    batch = make_batch((0,), (4,))
+    for each in (player, plain):
+        torch.manual_seed(0)
+        for t in range(l):
+            each.act(batch.frame[:2, t], batch.first[:2, t])
+    d, states = player.memory
+    close(d, plain.memory[0], rtol=0, atol=0)
+    assert all(s.isfinite().all() for state in states for s in state)
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiling", ["auto", "off"])
+def test_cuda_trains_saves_and_goes_on(compiling, no_pictures, tmp_path, capsys):
+    argv = f"--game GridWorld --preset tiny --device cuda --compile {compiling} --out {tmp_path}"
+    assert drama.main([*argv.split(), "--steps", "80"]) == 0
+    assert drama.main([*argv.split(), "--steps", "160"]) == 0
+    told = capsys.readouterr().out
+    assert "from step 80 to 160" in told and "cuda:0, bfloat16" in told
+    assert (", compiled" in told) == (compiling == "auto")
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True, map_location="cpu")
+    assert all(x.isfinite().all() for x in [*saved["model"].values(), *saved["agent"].values()])
+    assert len(read_csv(tmp_path / "metrics.csv")) == 7
+    assert drama.main([*argv.split(), "--eval", "2"]) == 0
 
 
 if __name__ == "__main__":

@@ -49,12 +49,11 @@ def filled_replay(cfg, rows: int, device) -> drama.Replay:
     return replay
 
 
-def make_stages(cfg, run, learning, model, agent, rows: int, device, autocast) -> dict:
+def make_stages(cfg, run, learning, agent, player, rows: int, device, autocast) -> dict:
     """A call for each stage, as `train` makes it."""
     learners = drama.make_learners(cfg, learning, agent)
     replay = filled_replay(cfg, rows, device)
-    player = drama.Player(cfg, model, agent, 1, device)
-    seen = replay.frame[:1]
+    model, seen = player.model, replay.frame[:1]
     first = torch.zeros(1, dtype=torch.bool, device=device)
     news = {}
     with autocast:
@@ -98,15 +97,16 @@ def main() -> None:
     learning = drama.WorldModel(cfg, ACTIONS).to(device, memory_format=torch.channels_last)
     model = copy.deepcopy(learning).eval()
     agent = drama.ActorCritic(cfg, ACTIONS).to(device)
+    player = drama.Player(cfg, model, agent, 1, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-    stages = make_stages(cfg, drama.Run(cfg), learning, model, agent, own.rows, device, autocast)
+    stages = make_stages(cfg, drama.Run(cfg), learning, agent, player, own.rows, device, autocast)
     work = {}
     for name, call in stages.items():
         with FlopCounterMode(display=False) as counter, autocast:
             call()
         work[name] = counter.get_total_flops() / 1e9
     if compiled := cfg.compile == "auto" and device.type == "cuda":
-        drama.compile_parts(learning, model, agent)
+        drama.compile_parts(learning, agent, player)
     plain = "act", "pictures"  # float32 at any --precision, as in `train`
     seconds = {name: median_seconds(call if name in plain else autocast(call), device)
                for name, call in stages.items()}
