@@ -67,6 +67,7 @@ import torch
 import torch.nn.functional as F
 from gymnasium import vector
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 from tqdm import tqdm
 
 # ---- 1 Settings ---------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ class Config:
     # machine, keeping, showing
     eval_envs: int = opt(4, "environments that play at once in --eval", 1, 256)
     precision: str = opt("auto", "auto: by hardware", choices=("auto", "float32", "bfloat16"))
-    compile: str = opt("auto", "torch.compile, on CUDA only", choices=("auto", "off"))
+    compile: str = opt("auto", "torch.compile, on CUDA with Triton", choices=("auto", "off"))
     log_every: int = opt(100, "environment steps between rows of metrics.csv", 1, 1_000_000)
     save_every: float = opt(120.0, "seconds between checkpoints", 0.0, 1e6)
     draw_every: float = opt(400.0, "seconds between pictures", 0.0, 1e9)
@@ -1128,7 +1129,7 @@ class Run(contextlib.ExitStack):
         open(self.frames, "ab").close()  # there, and to be written to
         with guard("config.json"):
             (self.dir / "config.json").write_text(json.dumps(vars(cfg), indent=1))
-        if compiled := cfg.compile == "auto" and self.device.type == "cuda":
+        if compiled := cfg.compile == "auto" and self.device.type == "cuda" and has_triton():
             compile_parts(parts["learning"], parts["agent"], player)
         say(f"{cfg.game}: preset {cfg.preset} (others: --preset paper, laptop), {self.device}, "
             f"{self.precision}{', compiled' * compiled}, {torch.get_num_threads()} threads\n"
@@ -1166,7 +1167,7 @@ class Run(contextlib.ExitStack):
             data = np.fromfile(self.frames, np.uint8, frames[:at.step].numel())
             frames[:at.step] = torch.from_numpy(data).view(-1, *frames.shape[1:])
             self.kept, at.first = at.step, at.first or "env" not in self.parts
-            return self.parts["env"].frame()[None] if "env" in self.parts else frame
+            return self.parts["env"].frame()[None].copy() if "env" in self.parts else frame
 
     def save(self, at: Progress) -> None:
         """Append the frames, then write the checkpoint aside, flush and rename it: never torn."""
@@ -1366,9 +1367,8 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
             for word in (sys.argv[1:] if argv is None else argv)]
     given = {name: value == "true" if type(getattr(Config, name)) is bool else value
              for name, value in vars(parser.parse_args(argv)).items()}
-    preset = given.get("preset", "auto")
-    if preset == "auto":
-        preset = "gridworld" if given.get("game") == "GridWorld" else "laptop"
+    auto = "gridworld" if given.get("game") == "GridWorld" else "laptop"
+    preset = auto if given.get("preset", "auto") == "auto" else given["preset"]
     return validate(Config(**{**PRESETS[preset], **given, "preset": preset})), set(given)
 
 

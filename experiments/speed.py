@@ -105,7 +105,7 @@ def main() -> None:
         with FlopCounterMode(display=False) as counter, autocast:
             call()
         work[name] = counter.get_total_flops() / 1e9
-    if compiled := cfg.compile == "auto" and device.type == "cuda":
+    if compiled := cfg.compile == "auto" and device.type == "cuda" and drama.has_triton():
         drama.compile_parts(learning, agent, player)
     plain = "act", "pictures"  # float32 at any --precision, as in `train`
     seconds = {name: median_seconds(call if name in plain else autocast(call), device)
