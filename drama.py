@@ -390,7 +390,7 @@ def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def free_bits(kl: Tensor, threshold: float) -> Tensor:
-    """max(threshold, KL) [4]: what is foretold that well would, if squeezed, forget the picture."""
+    """max(threshold, KL) [4]: squeezed any further, a latent would forget the picture."""
     return kl.clamp(min=threshold)
 
 
