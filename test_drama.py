@@ -2600,11 +2600,12 @@ def test_world_models_are_looked_at(world_model, run, monkeypatch, capsys):
         assert played in said and re.search(rf"positive \d+ times: mean {number}, AUC", said)
         assert re.search(rf"sum of reward {number}, real {number}, correlation", said)
         assert re.search(r"8 steps before, .* foresees \d+% of \d+ gains", said)
+        assert ("trained on 1 times or more: 4 steps before, " in said) == (not flags)
 
 
 def test_gains_and_losses_are_counted_and_looked_for(model, monkeypatch, capsys):
     diagnose, replay = importlib.import_module("diagnose"), make_replay(80)
-    replay.reward[:] = 0
+    replay.reward[:], replay.first[:] = 0, False
     for row, reward in ((2, -9.0), (40, 1.0), (45, 2.0), (60, -1.0), (75, 3.0)):
         replay.reward[row] = reward
     seen = {}
@@ -2625,6 +2626,21 @@ def test_gains_and_losses_are_counted_and_looked_for(model, monkeypatch, capsys)
         assert line == (f"{ahead} steps before, a dream along the real actions foresees "
                         f"100% of 3 gains, {losses}% of 1 losses")
         assert seen[ahead] == [40, 45, 60, 75]
+    replay.trained[:] = 0
+    starts = 31, 45, 45, 45, 52, 66, 66, 66, 66, 66, 66, 66, 75
+    for row in starts:
+        replay.trained[row] += 1
+    cfg = small(batch_length=10)
+    diagnose.look_at_training(cfg, model, replay)
+    held = {row: sum(start <= row < start + 10 for start in starts) for row in (40, 45, 60, 75)}
+    assert held == {40: 1, 45: 3, 60: 1, 75: 8}
+    assert capsys.readouterr().out.splitlines() == [
+        "trained on 1 times or more: 4 steps before, a dream foresees 100% of 2 gains, "
+        "100% of 1 losses",
+        "trained on 8 times or more: 4 steps before, a dream foresees 100% of 1 gains"]
+    replay.first[73] = True  # within the dream that would end at 75
+    diagnose.look_at_training(cfg, model, replay)
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 # ---- the exercises ------------------------------------------------------------------------------

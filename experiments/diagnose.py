@@ -10,7 +10,8 @@ were trained on, or at fresh play of the policy or of random actions, which was 
 - dreams along the real actions: correlation of predicted and real sums of reward, mean of each;
 - dreams of the policy: mean reward a step and its frequency, beside the real ones;
 - the critic: its value on real frames against the discounted returns that followed;
-- gains and losses: which follows which, and how many steps before them dreams foresee them.
+- gains and losses: which follows which, and how many steps before them dreams foresee them;
+- of a run: the same for all its gains and losses, by how often they were trained on.
 """
 
 import argparse
@@ -70,6 +71,26 @@ def look_at_values(cfg, agent, replay, batch, z, d) -> None:
           f"{then.mean():+.3f}, correlation {both:.2f}")
 
 
+def foresee(cfg, model, replay, events, ahead: int):
+    """Dreams along the real actions from `ahead` steps before each row of events (n,) -> those rows
+    that have such a past, their rewards, and whether the dream had more than half of each."""
+    rows = events[:, None] + torch.arange(1 - cfg.context - ahead, 1)
+    rows = rows[rows[:, 0] >= 0]
+    rows = rows[~replay.first[rows[:, cfg.context:]].any(1)]  # no game opens within the dream
+    if not len(rows):
+        return rows[:, -1], np.zeros(0), np.zeros(0, bool)
+    batch = replay.batch(rows)
+    z = torch.cat([drama.draw_one_hot(model.encode(f)) for f in batch.frame.split(16)])
+    total, real = rewards_dreamt(cfg, model, batch, z.flatten(-2))
+    return rows[:, -1], real, total * np.sign(real) > abs(real) / 2
+
+
+def in_words(real, told) -> str:
+    """Shares of gains and losses that were foreseen."""
+    return ", ".join(f"{told[kind].mean():.0%} of {kind.sum()} {name}" for name, kind in
+                     (("gains", real > 0), ("losses", real < 0)) if kind.any())
+
+
 def look_at_events(cfg, model, replay, begin: int) -> None:
     """What follows a gain or a loss, and how early each is dreamt along the real actions."""
     events = begin + replay.reward[begin:replay.size].nonzero().flatten()
@@ -78,14 +99,22 @@ def look_at_events(cfg, model, replay, begin: int) -> None:
         after = signs[1:][signs[:-1] == sign]
         print(f"after a {name}: a gain {(after > 0).sum()} times, a loss {(after < 0).sum()} times")
     for ahead in (2, 4, 8, 16):
-        rows = events[:, None] + torch.arange(1 - cfg.context - ahead, 1)
-        batch = replay.batch(rows[rows[:, 0] >= 0])
-        z = torch.cat([drama.draw_one_hot(model.encode(f)) for f in batch.frame.split(16)])
-        total, real = rewards_dreamt(cfg, model, batch, z.flatten(-2))
-        told = total * np.sign(real) > abs(real) / 2
-        shares = [f"{told[kind].mean():.0%} of {kind.sum()} {name}" for name, kind in
-                  (("gains", real > 0), ("losses", real < 0)) if kind.any()]
-        print(f"{ahead} steps before, a dream along the real actions foresees {', '.join(shares)}")
+        _, real, told = foresee(cfg, model, replay, events, ahead)
+        print(f"{ahead} steps before, a dream along the real actions foresees "
+              f"{in_words(real, told)}")
+
+
+def look_at_training(cfg, model, replay) -> None:
+    """How often must the world model train on a reward before dreams foresee it 4 steps before?"""
+    begun = np.pad(replay.trained[:replay.size].cumsum(0).numpy(), (cfg.batch_length, 0))
+    trained = begun[cfg.batch_length:] - begun[:-cfg.batch_length]  # windows that hold a row
+    rows, real, told = foresee(cfg, model, replay, replay.reward.nonzero().flatten(), 4)
+    bounds = [0, 1, 4, 8, 16, 32, 64, 128, np.inf]
+    for low, high in zip(bounds, bounds[1:]):
+        those = (trained[rows] >= low) & (trained[rows] < high)
+        if those.any():
+            print(f"trained on {low} times or more: 4 steps before, a dream foresees "
+                  f"{in_words(real[those], told[those])}")
 
 
 @torch.no_grad()
@@ -124,6 +153,8 @@ def main() -> None:
     look_at_values(cfg, agent, replay, batch, z, d)
     if replay.reward[replay.size - recent:replay.size].any():
         look_at_events(cfg, model, replay, replay.size - recent)
+    if not args.fresh:
+        look_at_training(cfg, model, replay)
 
 
 if __name__ == "__main__":
