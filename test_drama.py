@@ -2143,12 +2143,12 @@ def test_the_page_in_a_real_browser(stage):
         for key, speed in (("-", 30), ("-", 15), ("+", 30), ("+", 60), ("+", 60)):
             browser.tap(key)
             browser.until(f"page.state.speed === {speed}")
+        browser.click("#paused")  # or a newer moment may move the list between look and tap
+        browser.until("page.state.paused")
         moment = browser.until("page.state.moments[1]")
         browser.tap("2")
         browser.until(f"page.state.began === {moment} && document.querySelector('#moments img')"
                       ".naturalWidth === 16")
-        browser.click("#paused")
-        browser.until("page.state.paused")
         step = browser.script("page.state.step")
         browser.click("#step")
         assert browser.until(f"page.state.step > {step} && page.state.step") == step + 1
