@@ -2600,7 +2600,7 @@ def test_world_models_are_looked_at(world_model, run, monkeypatch, capsys):
         assert played in said and re.search(rf"positive \d+ times: mean {number}, AUC", said)
         assert re.search(rf"sum of reward {number}, real {number}, correlation", said)
         assert re.search(r"8 steps before, .* foresees \d+% of \d+ gains", said)
-        assert ("trained on 1 times or more: 4 steps before, " in said) == (not flags)
+        assert ("trained on 0 to 3 times: 4 steps before, " in said) == (not flags)
 
 
 def test_gains_and_losses_are_counted_and_looked_for(model, monkeypatch, capsys):
@@ -2635,9 +2635,9 @@ def test_gains_and_losses_are_counted_and_looked_for(model, monkeypatch, capsys)
     held = {row: sum(start <= row < start + 10 for start in starts) for row in (40, 45, 60, 75)}
     assert held == {40: 1, 45: 3, 60: 1, 75: 8}
     assert capsys.readouterr().out.splitlines() == [
-        "trained on 1 times or more: 4 steps before, a dream foresees 100% of 2 gains, "
+        "trained on 0 to 3 times: 4 steps before, a dream foresees 100% of 2 gains, "
         "100% of 1 losses",
-        "trained on 8 times or more: 4 steps before, a dream foresees 100% of 1 gains"]
+        "trained on 8 to 15 times: 4 steps before, a dream foresees 100% of 1 gains"]
     replay.first[73] = True  # within the dream that would end at 75
     diagnose.look_at_training(cfg, model, replay)
     assert len(capsys.readouterr().out.splitlines()) == 1

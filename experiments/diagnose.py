@@ -77,11 +77,12 @@ def foresee(cfg, model, replay, events, ahead: int):
     rows = events[:, None] + torch.arange(1 - cfg.context - ahead, 1)
     rows = rows[rows[:, 0] >= 0]
     rows = rows[~replay.first[rows[:, cfg.context:]].any(1)]  # no game opens within the dream
-    if not len(rows):
-        return rows[:, -1], np.zeros(0), np.zeros(0, bool)
-    batch = replay.batch(rows)
-    z = torch.cat([drama.draw_one_hot(model.encode(f)) for f in batch.frame.split(16)])
-    total, real = rewards_dreamt(cfg, model, batch, z.flatten(-2))
+    sums = [(np.zeros(0), np.zeros(0))]
+    for some in rows.split(256) if len(rows) else ():  # a game may have 30,000 rewards
+        batch = replay.batch(some)
+        z = torch.cat([drama.draw_one_hot(model.encode(f)) for f in batch.frame.split(16)])
+        sums.append(rewards_dreamt(cfg, model, batch, z.flatten(-2)))
+    total, real = np.concatenate(sums, 1)
     return rows[:, -1], real, total * np.sign(real) > abs(real) / 2
 
 
@@ -109,11 +110,11 @@ def look_at_training(cfg, model, replay) -> None:
     begun = np.pad(replay.trained[:replay.size].cumsum(0).numpy(), (cfg.batch_length, 0))
     trained = begun[cfg.batch_length:] - begun[:-cfg.batch_length]  # windows that hold a row
     rows, real, told = foresee(cfg, model, replay, replay.reward.nonzero().flatten(), 4)
-    bounds = [0, 1, 4, 8, 16, 32, 64, 128, np.inf]
+    bounds = 0, 4, 8, 16, 32, 64, 128, int(trained.max(initial=0)) + 1
     for low, high in zip(bounds, bounds[1:]):
         those = (trained[rows] >= low) & (trained[rows] < high)
         if those.any():
-            print(f"trained on {low} times or more: 4 steps before, a dream foresees "
+            print(f"trained on {low} to {high - 1} times: 4 steps before, a dream foresees "
                   f"{in_words(real[those], told[those])}")
 
 
