@@ -2603,6 +2603,28 @@ def test_world_models_are_looked_at(world_model, run, monkeypatch, capsys):
         assert ("trained on 0 to 3 times: 4 steps before, " in said) == (not flags)
 
 
+def test_what_a_run_had_in_each_so_many_steps(tmp_path, capsys):
+    from experiments import by_steps
+    (tmp_path / "a.csv").write_text("step,seconds,episode,return,length\n"
+                                    "5,1,1,2,5\n9,2,2,4,4\n20,3,3,-11,11\n")
+    (tmp_path / "a-metrics.csv").write_text(
+        "step,imagined_reward,policy_entropy,kl,reconstruction\n"
+        "4,nan,nan,2,7\n8,nan,nan,4,9\n12,0.5,1,6,1\n20,0.25,2,8,3\n")
+    assert by_steps.main([str(tmp_path / "a.csv"), "--every", "10"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  0 to 10: return 3.0 of 2, play 0.6667 a step, KL 3, reconstruction 8",
+        "  10 to 20: return -11.0 of 1, play -1.0000 a step, dream 0.375, entropy 1.5, KL 7, "
+        "reconstruction 2"]
+    (tmp_path / "a.csv").rename(tmp_path / "episodes.csv")  # without metrics
+    assert by_steps.main([str(tmp_path / "episodes.csv")]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  0 to 10,000: return -1.7 of 3, play -0.2500 a step"]
+    for file in ("missing.csv", "a-metrics.csv", "empty.csv"):
+        (tmp_path / "empty.csv").write_text("")
+        assert by_steps.main([str(tmp_path / file)]) == 2
+        assert capsys.readouterr().err.startswith("by_steps.py: ")
+
+
 def test_gains_and_losses_are_counted_and_looked_for(model, monkeypatch, capsys):
     diagnose, replay = importlib.import_module("diagnose"), make_replay(80)
     replay.reward[:], replay.first[:] = 0, False
