@@ -133,7 +133,7 @@ class Config:
     model_clip: float = opt(1000.0, "world model: largest gradient norm", 1e-3, 1e9)
     weight_decay: float = opt(1e-4, "world model: weight decay of matrices and kernels", 0.0, 1.0)
     lr_warmup: int = opt(1000, "updates of linear learning-rate warm-up", 1, 10_000_000)
-    lr_fall: float = opt(0.0, "last share of the run, in which learning rates fall to 0", 0.0, 1.0)
+    lr_fall: float = opt(0.0, "last share of a run: rates and entropy's weight fall to 0", 0.0, 1.0)
     average: float = opt(0.0, "EMA of the world model's weights: what acts and dreams", 0.0, 0.9999)
     # dreams, actor, critic
     context: int = opt(8, "real frames that a dream starts from", 2, 1024)
@@ -752,8 +752,7 @@ class WorldModel(nn.Module):
 
         end = self.termination(d).squeeze(-1).float()
         losses = dict(
-            reconstruction=reconstruction,
-            reward=self.two_hot.loss(self.reward(d), batch.reward),
+            reconstruction=reconstruction, reward=self.two_hot.loss(self.reward(d), batch.reward),
             termination=F.binary_cross_entropy_with_logits(end, batch.terminated, reduction="none"),
             dynamics=known(free_bits(forward, self.cfg.free_bits)),
             representation=known(free_bits(back, self.cfg.free_bits)))
@@ -832,6 +831,7 @@ def follow(slow: nn.Module, fast: nn.Module, share: float) -> None:
 #
 # V_t, the critic's expectation, is the baseline: it takes away luck that all actions share. The
 # rest is the advantage. The entropy is high while all actions are likely: the actor keeps trying.
+# Its weight falls to 0 with the learning rates (--lr-fall): in the end it plays what it knows.
 
 class ActorCritic(nn.Module):
     """Actor and two-hot critic on [z_t, d_{t-1}], a slow critic, a scale for the returns [4].
@@ -865,8 +865,7 @@ class ActorCritic(nn.Module):
         entropy = -(log_pi.exp() * log_pi).sum(-1)
         losses = dict(
             policy=-log_pi.gather(-1, dream.action[..., None]).squeeze(-1) * advantage * alive,
-            entropy=-entropy * alive,
-            value=self.two_hot.loss(value_logits[:, :-1], R) * alive,
+            entropy=-entropy * alive, value=self.two_hot.loss(value_logits[:, :-1], R) * alive,
             slow_value=self.two_hot.loss(value_logits[:, :-1], slow_value) * alive)
         return losses, dict(imagined_return=R.mean(), imagined_reward=dream.reward.mean(),
                             imagined_value=value.mean(), imagined_end=dream.end.mean(),
@@ -883,7 +882,8 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
             z = draw_one_hot(model.encode(replay.batch(rows).frame)).flatten(-2)
     dream = model.imagine(agent.actor, z, replay.action[rows], replay.first[rows])
     losses, metrics = agent.loss(dream)
-    means = learner.step(losses, agent.weights)
+    falling = {"entropy": cfg.entropy * learner.left(learner.updates)}
+    means = learner.step(losses, agent.weights | falling)
     follow(agent.slow_critic, agent.critic, 1 - cfg.slow_decay)
     means["actor_gradient_norm"] = means.pop("gradient_norm")
     return {**means, **{name: x.item() for name, x in metrics.items()}}
@@ -963,8 +963,9 @@ class Learner:
     def __init__(self, optimiser, clip: float, warmup: int, fall: int = 0, end: int = 0):
         """The rate rises over `warmup` updates, and falls to 0 over the `fall` before `end`."""
         self.optimiser, self.clip, self.updates = optimiser, clip, 0
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: min(
-            1.0, (k + 1) / warmup, max(0, end - k) / fall if fall else 1.0))
+        self.left = lambda k: min(1.0, max(0, end - k) / fall) if fall else 1.0
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda k: min((k + 1) / warmup, self.left(k)))
 
     def step(self, losses: dict, weights: dict) -> dict:
         """One step down the weighted sum of the losses' means -> the means, the gradient's norm."""
@@ -1052,8 +1053,7 @@ def load_checkpoint(path: Path, device: torch.device, settings: dict) -> dict:
     with guard(f"{path}: no whole checkpoint", "train first, or use another --out"):
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
-        # weights_only: a file from a stranger must not run code
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location=device, weights_only=True)  # runs no code in it
         made, _ = vars(validate(Config(**saved["config"]))), int(saved["at"]["step"])
     differ = [f"{name} (was {made[name]}, now {value})" for name, value in settings.items()
               if name not in ANYTIME and made[name] != value]

@@ -696,9 +696,9 @@ def test_the_average_of_the_weights_acts_and_dreams(average, no_pictures, monkey
                         lambda cfg, model, *x: check(model) or seen.add(1) or dream(cfg, model, *x))
     monkeypatch.setattr(Player, "act",
                         lambda self, *x, **k: check(self.model) or act(self, *x, **k))
-    argv = f"--game GridWorld --average {average} --model_lr 0.01 --steps 200 --out".split()
+    argv = f"--game GridWorld --average {average} --model_lr 0.01 --steps 120 --out".split()
     assert drama.main([*RUN, *argv, str(tmp_path)]) == 0
-    assert len(used) > 200 and all(used) and seen
+    assert len(used) > 120 and all(used) and seen
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert all(torch.equal(saved["learning"][n], saved["model"][n]) for n in want) == (not average)
     for name, x in want.items():
@@ -723,7 +723,7 @@ def test_what_cuda_compiles_is_one_graph_each(model, agent):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sees_first_then_the_other_losses_grow(compiled, model, agent):
     replay, told = make_replay(), []
     if compiled:  # on CUDA it is; this backend needs no compiler
@@ -845,6 +845,21 @@ def test_learning_rates_rise_stay_and_fall_to_nothing_by_the_end(model, agent):
         close(rates[10:end - 150], 1)
         close(rates[end - 150:end + 1], np.arange(150, -1, -1) / 150)
         assert rates[end - 1] > 0 and rates[end:] == [0, 0, 0]
+
+
+def test_the_weight_of_entropy_falls_with_the_rates(model, agent, monkeypatch):
+    """At first the policy tries what it does not know; in the end it plays what it knows."""
+    replay, told = make_replay(), []
+    for fall, left in ((0.5, [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]), (0.0, [1] * 8)):
+        cfg = small(steps=100, warmup=20, train_every=10, lr_warmup=4, lr_fall=fall, entropy=0.3)
+        _, learner = drama.make_learners(cfg, model, agent)
+        monkeypatch.setattr(learner, "step", lambda losses, weights, step=learner.step:
+                            told.append(weights) or step(losses, weights))
+        for _ in left:
+            drama.update_actor_critic(cfg, model, agent, learner, replay)
+        close([weights.pop("entropy") for weights in told], 0.3 * np.array(left))
+        assert all(weights == dict(policy=1, value=1, slow_value=1) for weights in told)
+        told.clear()
 
 
 @torch.no_grad()
@@ -2267,6 +2282,7 @@ def grid_run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_a_run(grid_run, tmp_path, monkeypatch, capsys):
     figures = experiment("figures")
     names = ["model", "dice", "memory", "guess", "dream", "returns", "reading"]
@@ -2574,6 +2590,7 @@ def test_windows_score_each_step_once_and_dreams_stop_at_an_opening(world_model,
     assert real.tolist() == [batch.reward[0, 4:].sum()] and np.isfinite(dreamt).all()
 
 
+@pytest.mark.slow
 def test_world_models_are_looked_at(world_model, run, monkeypatch, capsys):
     number = r"[+-]?\d+\.\d+"
     monkeypatch.setattr(world_model, "FRESH", 400)
@@ -3237,6 +3254,7 @@ def test_backbones_have_equal_parameters(preset, capsys):
         assert all(any(p is q for q in free) for p in (layer.A_log, layer.D, layer.dt_proj.bias))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", backbones.LAYERS)
 def test_backbones_train_go_on_and_are_evaluated(name, no_pictures, capsys):
     line = f"--backbone {name} --game GridWorld --preset tiny --device cpu --precision bfloat16"
@@ -3333,6 +3351,7 @@ def test_errors_of_a_frame_are_counted(monkeypatch):
           [(gap[fair, -1] > 0).mean(), 1, 1, hidden, 1, 0])
 
 
+@pytest.mark.slow
 def test_long_sequences_are_made_once_and_drawn(monkeypatch, capsys):
     monkeypatch.setattr(long_sequence, "UNSEEN", 16)
     line = "--out small --width 16 --lengths 52 208 --trained 52 --tokens 4000".split()
@@ -3606,6 +3625,7 @@ def test_a_run_folder_on_windows(monkeypatch):
         assert str(run.dir) == want and str(run.checkpoint) == str(run.dir / "checkpoint.pt")
 
 
+@pytest.mark.slow
 def test_lines_end_as_they_may(tmp_path):
     """A checkout with CRLF runs, and so does a file system that does not tell capitals apart."""
     folder = Path(drama.__file__).parent
@@ -3631,6 +3651,7 @@ def test_a_page_that_lacks_experiments_says_so_in_a_line(tmp_path):
     assert "No module named 'experiments'" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_in_a_process_that_was_spawned(run):
     process = multiprocessing.get_context("spawn").Process(
         target=drama.main, args=([*TINY, "--out", "run", "--steps", str(STEPS), "--save_every",
