@@ -2620,6 +2620,29 @@ def test_world_models_are_looked_at(world_model, run, monkeypatch, capsys):
         assert ("trained on 0 to 3 times: 4 steps before, " in said) == (not flags)
 
 
+def test_an_agent_that_draws_more_sharply_is_evaluated(capsys):
+    from experiments import sharpen
+    cfg, model, agent = write_checkpoint(Path("agent.pt"))
+    assert drama.main("--eval 2 --eval_envs 2 --checkpoint agent.pt".split()) == 0
+    plain = capsys.readouterr().out
+    assert sharpen.main("agent.pt --games 2 --faces 1 inf --actions 1 inf".split()) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"faces to the power of 1, actions of 1\n{plain}")
+    assert told.count("mean") == 4 and "faces to the power of inf, actions of 1" in told
+    frame = torch.randint(256, (64, cfg.image_size, cfg.image_size, 3), dtype=torch.uint8)
+    likeliest = model.eval().encode(frame).argmax(-1)
+    sharpen.sharpen(model, agent, float("inf"), float("inf"))
+    player = Player(cfg, model, agent, 64, "cpu")
+    action, latent = player.act(frame, torch.ones(64, dtype=torch.bool))
+    z = F.one_hot(likeliest, cfg.classes).flatten(-2).float()
+    assert (latent == likeliest).all()
+    feature = torch.cat([z, z.new_zeros(64, cfg.d_model)], -1)
+    assert (action == agent.actor(feature).argmax(-1)).all()
+    for flags in ("agent.pt --games 0", "agent.pt --actions 0", "missing.pt", "agent.pt --faces x"):
+        assert sharpen.main(flags.split()) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_what_a_run_had_in_each_so_many_steps(tmp_path, capsys):
     from experiments import by_steps
     (tmp_path / "a.csv").write_text("step,seconds,episode,return,length\n"
