@@ -1366,7 +1366,8 @@ def run(base, here):
 # ---- go on, extend, refuse other settings -------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", ["", "--stored_latents false --sampler uniform"])
+@pytest.mark.parametrize("flags", ["", pytest.param(
+    "--stored_latents false --sampler uniform", marks=pytest.mark.slow)])
 def test_three_pieces_equal_one(flags, capsys):
     flags += " --picture_steps 1"
     assert go(flags, out=WHOLE) == 0
@@ -1468,7 +1469,8 @@ class Killed(BaseException):
     """Ends main as a kill would: nothing handles it."""
 
 
-@pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, "No space left")])
+@pytest.mark.parametrize("error", [Killed(), pytest.param(
+    OSError(errno.ENOSPC, "No space left"), marks=pytest.mark.slow)])
 def test_every_point_of_a_save(error, base, capsys):
     """Killed or out of disk at the k-th fsync or rename: the checkpoint is the old or the new."""
     def fail(calls):
@@ -2442,6 +2444,7 @@ def test_suite_stops_its_children_and_waits_for_them(number, suite, capsys):
     assert "FAILED" not in said and said.endswith("stopped; the same command goes on\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables, shares", [
     ([{}], [(0, 1)]),
     ([dict(RANK="0", WORLD_SIZE="2"), dict(RANK="1", WORLD_SIZE="2")], [(0, 2), (1, 2)]),
