@@ -963,7 +963,7 @@ class Learner:
     def __init__(self, optimiser, clip: float, warmup: int, fall: int = 0, end: int = 0):
         """The rate rises over `warmup` updates, and falls to 0 over the `fall` before `end`."""
         self.optimiser, self.clip, self.updates = optimiser, clip, 0
-        self.left = lambda k: min(1.0, max(0, end - k) / fall) if fall else 1.0
+        self.left = lambda k: min(1.0, max(0, end - k) / fall) if fall else 1.0  # at update k
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda k: min((k + 1) / warmup, self.left(k)))
 
