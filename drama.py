@@ -32,7 +32,7 @@ The loop is `train`, section 9: act, store, train the world model, dream, train 
     first                  (b, l)                1 where o_t opens an episode
     d             d_t      (b, l, d_model)       all that the past up to a_t says of what comes
     state         h_t      (b, h, p, n)          the memory of a Mamba-2 layer (section 6)
-    trained, dreamt  v, b  (rows,)               windows, and contexts of dreams, begun at a row
+    trained, dreamt  v, b  (rows,)               how many windows, or dreams' contexts, began there
 
 Sizes: b batch, l length, H W a frame (H also a dream's length), K dice, C faces, h heads of p x n.
 Sources: [1] Drama, arXiv 2410.08893v4. [2] Mamba-2 (SSD), arXiv 2405.21060. [3] Mamba, arXiv
@@ -219,7 +219,7 @@ def episode_over(terminated: np.ndarray, truncated: np.ndarray, info: dict) -> n
 # train on old rows far more often than on new ones. So each row counts the windows (`trained`, v in
 # [1]) and the contexts of dreams (`dreamt`, b) that STARTED there. Train on what was trained on
 # least. Dream anywhere, but a row dreamt from more than its training has earned loses its chance:
-# early on a new one, of which the model knows little; later an old one, where most dreams began.
+# early in a run that is a new row, hardly known yet; later an old one, dreamt from often.
 
 def dfs_sequence_logits(trained: Tensor, temperature: float) -> Tensor:
     """Logits of P(i) = softmax(-v_i / temperature) [1]."""
@@ -409,7 +409,7 @@ def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lam:
 
 
 # ---- 5 Encoder and decoder ----------------------------------------------------------------------
-# The autoencoder. What makes it a variational one, the random latent and the KL: in WorldModel.
+# The autoencoder. The random latent and the KL make it a variational one: see WorldModel.
 
 def pixels(frame: Tensor) -> Tensor:
     """(..., H, W, 3) uint8 -> (n, 3, H, W) float in 0..1, in the channels_last memory format."""
@@ -588,7 +588,7 @@ class Mamba2(nn.Module):
     def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:
         """(conv window (b, d_conv-1, channels), SSM state (b, h, p, n)), both zero."""
         new = self.D.new_zeros
-        return (new(batch, self.d_conv, self.parts[1])[:, 1:],  # strides as `step` leaves them
+        return (new(batch, self.d_conv, self.parts[1])[:, 1:],  # strides as `step`: CUDA graphs ask
                 new(batch, self.heads, self.d_state, self.headdim).mT)
 
     def _inputs(self, xBC, dt):
@@ -683,7 +683,7 @@ def clear(states: list, where: Tensor) -> list:
 #     the critic's value           a target and a baseline stand still while actor and critic move
 #     the slow critic              only averages the critic
 #
-# Reconstruction, reward, end, `representation` and, through d, `dynamics` do train the encoder.
+# All five losses train the encoder: `dynamics` only by way of d, so only at earlier frames.
 
 class WorldModel(nn.Module):
     """Encoder, sequence model, decoder, and the heads for the next latent, reward and end."""
@@ -823,8 +823,8 @@ def follow(slow: nn.Module, fast: nn.Module, share: float) -> None:
 # ---- 8 Actor-critic -----------------------------------------------------------------------------
 # The critic foretells the return of a moment: by cross-entropy it learns the lambda-returns R_t of
 # dreams. The actor learns by REINFORCE: what was followed by a better return than the critic
-# expected becomes likelier, a worse one less likely. One cannot go backward through a drawn action,
-# and straight-through, as for z, would need a gradient of the dream, which has none (section 7).
+# expected becomes likelier, a worse one less likely. A drawn action has no gradient. One could be
+# passed straight through, as for z, but dreams are made without gradients (section 7).
 # But grad sum_a pi(a) R(a) = sum_a pi(a) R(a) grad log pi(a), the mean of R grad log pi over draws:
 #
 #     loss = -log pi(a_t) * (R_t - V_t) / scale - entropy weight * entropy
@@ -843,7 +843,7 @@ class ActorCritic(nn.Module):
         d_in, hidden = cfg.d_z + cfg.d_model, cfg.hidden_layers
         self.actor = mlp(d_in, cfg.actor_units, hidden, num_actions)
         self.critic = mlp(d_in, cfg.critic_units, hidden, cfg.bins, zero=True)
-        # not DQN's target: the critic learns R, made of its own guesses; this average holds it back
+        # unlike DQN's target it makes no target: a second loss holds the critic close to it
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.two_hot = TwoHot(cfg.bins, cfg.bin_limit)
         self.register_buffer("scale", torch.zeros(()))  # EMA of the returns' 5-95 percentile range
@@ -882,7 +882,7 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
             z = draw_one_hot(model.encode(replay.batch(rows).frame)).flatten(-2)
     dream = model.imagine(agent.actor, z, replay.action[rows], replay.first[rows])
     losses, metrics = agent.loss(dream)
-    falling = {"entropy": cfg.entropy * learner.left(learner.updates)}
+    falling = {"entropy": cfg.entropy * learner.left(learner.updates)}  # left: 1, later to 0
     means = learner.step(losses, agent.weights | falling)
     follow(agent.slow_critic, agent.critic, 1 - cfg.slow_decay)
     means["actor_gradient_norm"] = means.pop("gradient_norm")
@@ -940,9 +940,9 @@ def train(cfg: Config, run: Run) -> int:
 
         news = {}
         if at.step >= cfg.warmup and at.step % cfg.train_every == 0:
-            # TRAIN WORLD MODEL; its average follows, closely at first
+            # TRAIN WORLD MODEL; its average follows: after k updates, over the last 1 + k / 10
             dreams_begin = growth(cfg, model_learner.updates) == 1
-            with run.autocast:  # left before dreams begin, as it keeps bfloat16 copies of weights
+            with run.autocast:  # two blocks: one would go on with bfloat16 copies of old weights
                 news |= update_world_model(learning, model_learner, replay)
             follow(model, learning, max(1 - cfg.average, 10 / (10 + model_learner.updates)))
             # IMAGINE, TRAIN ACTOR-CRITIC
