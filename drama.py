@@ -197,8 +197,8 @@ PRESETS = {
 def make_env(game: str, num_envs: int, image_size: int) -> vector.VectorEnv:
     """A vector environment: frames (n, 1, H, W, 3) uint8, rewards (n,), ends (n,).
     Atari follows [6]: frame skip 4, maximum of the last two frames, no sticky actions, the minimal
-    action set, raw rewards. A lost life shows as `terminated`, and the episode goes on. After an
-    episode's end the next `step` ignores its action and returns the next episode's first frame."""
+    action set, raw rewards. A lost life is `terminated` but no episode's end (BankHeist's last one
+    is neither). After an end the next `step` ignores its action and opens the next episode."""
     if game == "GridWorld":
         from experiments.gridworld import GridWorld
         return vector.SyncVectorEnv([lambda: GridWorld(image_size)] * num_envs)
@@ -935,19 +935,17 @@ def train(cfg: Config, run: Run) -> int:
         # STORE; after this `at.first` speaks of the next frame
         replay.add(frame[0, 0], action[0], reward[0], terminated[0], at.first, latent[0])
         at.add(float(reward[0]), over=bool(episode_over(terminated, truncated, info)[0]))
-        # after an end, a step that opens the next episode: not a transition
-        frame = env.step(action)[0] if at.first else following
+        frame = env.step(action)[0] if at.first else following  # opens an episode: no transition
 
         news = {}
         if at.step >= cfg.warmup and at.step % cfg.train_every == 0:
-            # TRAIN WORLD MODEL; its average follows: after k updates, over the last 1 + k / 10
             dreams_begin = growth(cfg, model_learner.updates) == 1
-            with run.autocast:  # two blocks: one would go on with bfloat16 copies of old weights
+            with run.autocast:
+                # TRAIN WORLD MODEL; its average follows: at first over a tenth of all updates
                 news |= update_world_model(learning, model_learner, replay)
-            follow(model, learning, max(1 - cfg.average, 10 / (10 + model_learner.updates)))
-            # IMAGINE, TRAIN ACTOR-CRITIC
-            if dreams_begin:
-                with run.autocast:
+                follow(model, learning, max(1 - cfg.average, 10 / (10 + model_learner.updates)))
+                # IMAGINE, TRAIN ACTOR-CRITIC
+                if dreams_begin:
                     news |= update_actor_critic(cfg, model, agent, agent_learner, replay)
         # LOG, SAVE
         run.log(at, news)
@@ -996,6 +994,8 @@ class Learner:
         self.optimiser.load_state_dict(saved["optimiser"])
         self.schedule.load_state_dict(saved["schedule"])
         self.updates = self.schedule.last_epoch
+        for group, rate in zip(self.optimiser.param_groups, self.schedule.base_lrs):
+            group["lr"] = rate * self.schedule.lr_lambdas[0](self.updates)  # by today's `steps`
 
 
 def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[Learner, Learner]:

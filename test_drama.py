@@ -847,6 +847,21 @@ def test_learning_rates_rise_stay_and_fall_to_nothing_by_the_end(model, agent):
         assert rates[end - 1] > 0 and rates[end:] == [0, 0, 0]
 
 
+def test_a_finished_run_with_more_steps_goes_on_at_the_rates_of_the_longer_one(model, agent):
+    flags = dict(warmup=100, train_every=3, lr_warmup=10, lr_fall=0.5)
+    finished, longer = (drama.make_learners(small(steps=steps, **flags), model, agent)[0]
+                        for steps in (1000, 1450))  # 300 and 450 updates
+    for _ in range(300):
+        finished.optimiser.step()
+        finished.schedule.step()
+    longer.load_state_dict(finished.state_dict())
+    for left in (150, 149):
+        close([group["lr"] / longer.schedule.base_lrs[0] for group in
+               longer.optimiser.param_groups], [left / 225] * 2)
+        longer.optimiser.step()
+        longer.schedule.step()
+
+
 def test_the_weight_of_entropy_falls_with_the_rates(model, agent, monkeypatch):
     """At first the policy tries what it does not know; in the end it plays what it knows."""
     replay, told = make_replay(), []
