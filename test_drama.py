@@ -2665,7 +2665,7 @@ def test_an_agent_that_draws_more_sharply_is_evaluated(capsys):
 def test_what_a_run_had_in_each_so_many_steps(tmp_path, capsys):
     from experiments import by_steps
     (tmp_path / "a.csv").write_text("step,seconds,episode,return,length\n"
-                                    "5,1,1,2,5\n9,2,2,4,4\n20,3,3,-11,11\n")
+                                    "5,1,1,2,5,0.5\n9,2,2,4,4\n20,3,3,-11,11\n")  # an old one
     (tmp_path / "a-metrics.csv").write_text(
         "step,imagined_reward,policy_entropy,kl,reconstruction\n"
         "4,nan,nan,2,7\n8,nan,nan,4,9\n12,0.5,1,6,1\n20,0.25,2,8,3\n")

@@ -26,7 +26,8 @@ def columns(path: Path, every: int) -> dict:
     """A CSV with a column `step`: its columns as arrays, `step` as the number of its stretch."""
     with open(path) as file:
         rows = list(csv.DictReader(file))
-    table = {name: np.array([float(row[name]) for row in rows]) for name in (rows or [{}])[0]}
+    names = [name for name in (rows or [{}])[0] if name]  # None: cells that an old header lacks
+    table = {name: np.array([float(row[name]) for row in rows]) for name in names}
     if "step" not in table:
         drama.refuse(f"{path}: no rows with a step")
     last = (table["step"].max() - 1) // every
