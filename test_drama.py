@@ -2593,10 +2593,41 @@ def test_auc_counts_pairs_and_words_say_where(world_model):
     assert world_model.auc(score, event) == pytest.approx(np.mean(pairs))
     assert math.isnan(world_model.auc(score, event & False))
     real, predicted = torch.tensor([[-2.0, 0], [1, 0]]), torch.tensor([[-0.5, -0.75], [0.25, 0]])
-    assert world_model.rewards_seen(predicted, real) == [
+    loss, gain = torch.tensor([[0.6, 0.75], [0.5, 0]]), torch.tensor([[0.1, 0], [0.75, 0.3]])
+    chance = torch.stack([loss, gain], -1)
+    assert world_model.rewards_seen(predicted, chance, real) == [
         "negative 1 times: mean -0.500, AUC 0.667", "zero 2 times: mean -0.375",
         "positive 1 times: mean +0.250, AUC 1.000"]
-    assert world_model.rewards_seen(predicted, real * 0)[2] == "positive never"
+    assert world_model.rewards_seen(predicted, chance, real * 0)[2] == "positive never"
+
+
+def test_chances_are_the_mass_on_each_side_of_zero(world_model):
+    two_hot = TwoHot(255, 20.0)
+    sure = two_hot.encode(torch.tensor([-3.0, 0, 1]))  # of each, and then a mixture
+    p = torch.cat([sure, torch.tensor([[0.3, 0.1, 0.6]]) @ sure])
+    model = SimpleNamespace(reward=torch.log, two_hot=two_hot)
+    torch.testing.assert_close(world_model.chances(model, p), torch.tensor(
+        [[1, 0], [0, 0], [0, 1], [0.3, 0.6]]))
+
+
+def test_how_far_a_dream_sees(world_model, model, monkeypatch, capsys):
+    diagnose, replay, cfg = importlib.import_module("diagnose"), make_replay(80), small(horizon=4)
+    seen = []
+
+    def knowing(cfg, model, batch, z):  # knows all for two steps, then nothing
+        assert z.shape == (*batch.rows[:, :cfg.context].shape, K * C)
+        seen.extend(batch.rows[:, 0].tolist())
+        real = batch.reward[:, cfg.context:]
+        return real * torch.tensor([1.0, 1, 0, 0]), real
+
+    monkeypatch.setattr(diagnose, "dream_along", knowing)
+    monkeypatch.setattr(diagnose, "chances", lambda model, d: torch.stack([-d, d], -1))
+    replay.reward[:80] = torch.tensor([1.0, -1, 0, 0, 0, 0, 0]).repeat(12)[:80]
+    diagnose.look_ahead(cfg, model, replay, 10)
+    assert seen == [*range(10, 80 - cfg.context - 3, 2)]
+    assert capsys.readouterr().out.splitlines() == [
+        f"dreams along the real actions, AUC of a {name} so many steps on: 1: 1.00, 2: 1.00, "
+        "4: 0.50" for name in ("gain", "loss")]
 
 
 def test_windows_score_each_step_once_and_dreams_stop_at_an_opening(world_model, model):
@@ -2635,6 +2666,7 @@ def test_world_models_are_looked_at(world_model, run, monkeypatch, capsys):
         said = capsys.readouterr().out
         assert played in said and re.search(rf"positive \d+ times: mean {number}, AUC", said)
         assert re.search(rf"sum of reward {number}, real {number}, correlation", said)
+        assert re.search(r"AUC of a loss so many steps on: 1: (0\.\d\d|nan), 2: ", said)
         assert re.search(r"8 steps before, .* foresees \d+% of \d+ gains", said)
         assert ("trained on 0 to 3 times: 4 steps before, " in said) == (not flags)
 

@@ -6,8 +6,10 @@
 Reads a run folder's checkpoint and frames (it may be in use) and looks at the last steps, which
 were trained on, or at fresh play of the policy or of random actions, which was not:
 - the reward head on real frames: mean prediction where the reward was negative, zero, positive,
-  and the AUC, the chance that it tells such a step from another; 0.5 is blind;
+  and the AUC: how often it gives such a step a higher chance of such a reward than another step;
+  0.5 is blind;
 - dreams along the real actions: correlation of predicted and real sums of reward, mean of each;
+  the AUC so many steps into the dream, each dream drawn once;
 - dreams of the policy: mean reward a step and its frequency, beside the real ones;
 - the critic: its value on real frames against the discounted returns that followed;
 - gains and losses: which follows which, and how many steps before them dreams foresee them;
@@ -23,7 +25,15 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from world_model import play, rewards_dreamt, rewards_seen, windows  # noqa: E402
+from world_model import (  # noqa: E402
+    auc,
+    chances,
+    dream_along,
+    play,
+    rewards_dreamt,
+    rewards_seen,
+    windows,
+)
 
 import drama  # noqa: E402
 
@@ -53,6 +63,23 @@ def look_at_dreams(cfg, model, agent, batch, z) -> None:
           f"{(reward > 0.5).float().mean():.2%}, below -0.5 in "
           f"{(reward < -0.5).float().mean():.2%}; real {batch.reward.mean():+.4f}, "
           f"{(batch.reward > 0).float().mean():.2%}, {(batch.reward < 0).float().mean():.2%}")
+
+
+def look_ahead(cfg, model, replay, begin: int) -> None:
+    """How well are gains and losses told from other steps, so many steps into a dream?"""
+    starts = torch.arange(begin, replay.size - cfg.context - cfg.horizon + 1, 2)
+    found = []
+    for rows in (starts[:, None] + torch.arange(cfg.context + cfg.horizon)).split(128):
+        batch = replay.batch(rows)
+        z = drama.draw_one_hot(model.encode(batch.frame[:, :cfg.context])).flatten(-2)
+        d, real = dream_along(cfg, model, batch, z)
+        found.append(torch.cat([chances(model, d), real[..., None]], -1))
+    loss, gain, real = torch.cat(found).unbind(-1)
+    for name, chance, event in (("gain", gain, real > 0), ("loss", loss, real < 0)):
+        words = [f"{t + 1}: {auc(chance[:, t].numpy(), event[:, t].numpy()):.2f}"
+                 for t in (0, 1, 3, 7, 15) if t < cfg.horizon]
+        print(f"dreams along the real actions, AUC of a {name} so many steps on: "
+              + ", ".join(words))
 
 
 def look_at_values(cfg, agent, replay, batch, z, d) -> None:
@@ -148,9 +175,11 @@ def main() -> None:
     z = torch.cat([drama.draw_one_hot(model.encode(f)) for f in batch.frame.split(16)]).flatten(-2)
     d, _ = model.sequence(z, batch.action, first=batch.first)
     predicted, real = model.two_hot.mean(model.reward(d)), batch.reward
-    for words in rewards_seen(predicted[:, cfg.context:], real[:, cfg.context:]):
+    for words in rewards_seen(predicted[:, cfg.context:], chances(model, d)[:, cfg.context:],
+                              real[:, cfg.context:]):
         print(f"reward head on real frames, {words}")
     look_at_dreams(cfg, model, agent, batch, z)
+    look_ahead(cfg, model, replay, replay.size - recent)
     look_at_values(cfg, agent, replay, batch, z, d)
     if replay.reward[replay.size - recent:replay.size].any():
         look_at_events(cfg, model, replay, replay.size - recent)

@@ -12,7 +12,8 @@ trained on, random too or by the run's policy:
 - on Pong the ball: the share of its brightness over the background that is drawn where the real
   ball is; 1 is a perfect ball, 0 none;
 - the reward head where the reward was negative, zero, positive: how many such steps, the mean
-  prediction there, and the AUC, the chance that it tells such a step from another; 0.5 is blind;
+  prediction there, and the AUC: how often it gives such a step a higher chance of such a reward
+  than another step; 0.5 is blind;
 - dreams along the real actions: the correlation of dreamt with real sums of reward.
 The picture shows the frames as rows.
 """
@@ -84,15 +85,27 @@ def auc(score: np.ndarray, event: np.ndarray) -> float:
     return float(below.mean() / len(rest)) if event.any() and len(rest) else float("nan")
 
 
-def rewards_seen(predicted: torch.Tensor, real: torch.Tensor) -> list[str]:
-    """The reward head on real frames, in words: where the reward was negative, zero, positive."""
-    predicted, real, words = predicted.float().flatten().cpu().numpy(), real.flatten().cpu(), []
-    for name, sign in (("negative", -1), ("zero", 0), ("positive", 1)):
+def chances(model, d: torch.Tensor) -> torch.Tensor:
+    """d_t (..., d_model) -> the reward head's chance that r_t is below 0, and above it, (..., 2).
+    The mean will not do: where boxers exchange blows it is 0, though both chances are high.
+    A reward within the first bin from 0 counts in part."""
+    p, bins = model.reward(d).float().softmax(-1), model.two_hot.centres
+    edge = (bins[1] - bins[0]) / 2
+    return torch.stack([p[..., bins < -edge].sum(-1), p[..., bins > edge].sum(-1)], -1)
+
+
+def rewards_seen(predicted, chance, real) -> list[str]:
+    """The reward head on real frames, in words: where the reward was negative, zero, positive.
+    predicted and real (n, l), chance (n, l, 2) as from `chances`."""
+    predicted, real = predicted.float().flatten().cpu().numpy(), real.flatten().cpu()
+    loss, gain = chance.flatten(0, 1).T.cpu().numpy()
+    words = []
+    for name, sign, score in (("negative", -1, loss), ("zero", 0, None), ("positive", 1, gain)):
         event = (real.sign() == sign).numpy()
         if not event.any():
             words.append(f"{name} never")
             continue
-        told = f", AUC {auc(sign * predicted, event):.3f}" if sign else ""
+        told = f", AUC {auc(score, event):.3f}" if sign else ""
         words.append(f"{name} {event.sum()} times: mean {predicted[event].mean():+.3f}{told}")
     return words
 
@@ -104,34 +117,42 @@ def windows(cfg, begin: int, end: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def rewards_dreamt(cfg, model, batch, z) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of reward over the horizon, dreamt along the real actions and real, of each of the
-    `windows` in which no episode opens after the context."""
+def dream_along(cfg, model, batch, z) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dreams along the real actions, from the context z (b, context, K*C) on: d (n, l - context,
+    d_model) and the real rewards there, of the `windows` in which no episode opens after it."""
     d, states = model.sequence(z[:, :cfg.context], batch.action[:, :cfg.context], None,
                                batch.first[:, :cfg.context])
-    d, total = d[:, -1], 0
+    d, ds = d[:, -1], []
     for action in batch.action[:, cfg.context:].unbind(1):
         now = drama.draw_one_hot(model.log_prior(d)).flatten(-2)
         d, states = model.sequence(now, action, states)
-        total = total + model.two_hot.mean(model.reward(d))
+        ds.append(d)
     whole = ~batch.first[:, cfg.context:].any(1)
-    real = batch.reward[:, cfg.context:].sum(1)
-    return total[whole].cpu().numpy(), real[whole].cpu().numpy()
+    return torch.stack(ds, 1)[whole], batch.reward[whole, cfg.context:]
+
+
+@torch.no_grad()
+def rewards_dreamt(cfg, model, batch, z) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of reward after the context, dreamt along the real actions and real, (n,) each."""
+    d, real = dream_along(cfg, model, batch, z)
+    dreamt = model.two_hot.mean(model.reward(d)).sum(1)
+    return dreamt.cpu().numpy(), real.sum(1).cpu().numpy()
 
 
 @torch.no_grad()
 def foretell(cfg, model, replay) -> str:
     """All rewards of a replay, as the head sees them and as they are dreamt, in words."""
     model.eval()
-    predicted, real, sums = [], [], []
+    predicted, chance, real, sums = [], [], [], []
     for rows in windows(cfg, 0, replay.size).to(replay.device).split(64):
         batch = replay.batch(rows)
         z = drama.draw_one_hot(model.encode(batch.frame)).flatten(-2)
         d, _ = model.sequence(z, batch.action, first=batch.first)
         predicted.append(model.two_hot.mean(model.reward(d))[:, cfg.context:])
+        chance.append(chances(model, d)[:, cfg.context:])
         real.append(batch.reward[:, cfg.context:])
         sums.append(np.stack(rewards_dreamt(cfg, model, batch, z)))
-    seen = rewards_seen(torch.cat(predicted), torch.cat(real))
+    seen = rewards_seen(*map(torch.cat, (predicted, chance, real)))
     dreamt, came = np.concatenate(sums, 1)
     both = np.corrcoef(dreamt, came)[0, 1] if dreamt.std() and came.std() else float("nan")
     return (f"reward head, {'; '.join(seen)}; {len(came)} dreams of {cfg.horizon} steps: "
