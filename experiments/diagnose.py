@@ -10,7 +10,7 @@ were trained on, or at fresh play of the policy or of random actions, which was 
   0.5 is blind;
 - dreams along the real actions: correlation of predicted and real sums of reward, mean of each;
   the AUC so many steps into the dream, each dream drawn once;
-- dreams of the policy: mean reward a step and its frequency, beside the real ones;
+- dreams of the policy: mean reward a step, chance of a gain and of a loss, beside the real ones;
 - the critic: its value on real frames against the discounted returns that followed;
 - gains and losses: which follows which, and how many steps before them dreams foresee them;
 - of a run: the same for all its gains and losses, by how often they were trained on.
@@ -58,10 +58,10 @@ def look_at_dreams(cfg, model, agent, batch, z) -> None:
     print(f"dreams of {cfg.horizon} steps along the real actions: sum of reward "
           f"{total.mean():+.3f}, real {real.mean():+.3f}, correlation {both:.2f}")
     context = (x[:, :cfg.context] for x in (z, batch.action, batch.first))
-    reward = model.imagine(agent.actor, *context).reward
-    print(f"dreams of the policy: reward a step {reward.mean():+.4f}, above 0.5 in "
-          f"{(reward > 0.5).float().mean():.2%}, below -0.5 in "
-          f"{(reward < -0.5).float().mean():.2%}; real {batch.reward.mean():+.4f}, "
+    dream = model.imagine(agent.actor, *context)
+    loss, gain = chances(model, dream.feature[:, 1:, cfg.d_z:]).mean((0, 1))  # [z, d]: of d
+    print(f"dreams of the policy: reward a step {dream.reward.mean():+.4f}, chance of a gain "
+          f"{gain:.2%}, of a loss {loss:.2%}; real {batch.reward.mean():+.4f}, "
           f"{(batch.reward > 0).float().mean():.2%}, {(batch.reward < 0).float().mean():.2%}")
 
 
