@@ -2654,6 +2654,17 @@ def test_world_models_are_looked_at(world_model, run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", theirs)
     world_model.main()
     assert re.search(r"reward head, .*; \d\d dreams of 5 steps", capsys.readouterr().out)
+    monkeypatch.setattr(world_model, "FRESH", 25)
+    replay, rest = world_model.of_run(drama.parse(TINY)[0], torch.device("cpu"), OUT, 20)
+    theirs_too = importlib.import_module("diagnose").load(OUT, True)[-1]
+    assert (replay.size, rest.size) == (20, 50)
+    assert (torch.cat([replay.frame, rest.frame]) == theirs_too.frame[:70]).all()
+    monkeypatch.setattr(sys, "argv", [*theirs, "--rows", "20"])
+    world_model.main()
+    assert "AUC of a loss so many steps on: 1: " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*theirs, "--rows", "60"])
+    with pytest.raises(drama.Refusal, match="--rows 60: must lie from 1 to 52"):
+        world_model.main()
     monkeypatch.setattr(sys, "argv", [*theirs, "--image-size", "32"])
     with pytest.raises(drama.Refusal, match="at 16 pixels, not GridWorld at 32"):
         world_model.main()
@@ -2669,6 +2680,34 @@ def test_world_models_are_looked_at(world_model, run, monkeypatch, capsys):
         assert re.search(r"AUC of a loss so many steps on: 1: (0\.\d\d|nan), 2: ", said)
         assert re.search(r"8 steps before, .* foresees \d+% of \d+ gains", said)
         assert ("trained on 0 to 3 times: 4 steps before, " in said) == (not flags)
+
+
+def test_a_new_agent_learns_in_a_finished_world_model(world_model, run, monkeypatch, capsys):
+    from experiments import new_agent
+    update, old, left, horizons = drama.update_actor_critic, NEWEST.read_bytes(), [], []
+
+    def followed(cfg, model, agent, learner, replay):
+        left.append(learner.left(learner.updates))
+        horizons.append((cfg.horizon, model.cfg.horizon, replay.cfg.dreams))
+        return update(cfg, model, agent, learner, replay)
+
+    monkeypatch.setattr(drama, "update_actor_critic", followed)
+    flags = "run new --updates 12 --horizon 3 --dreams 4 --lr_fall 0.25".split()
+    assert new_agent.main(flags) == 0
+    assert horizons == [(3, 3, 4)] * 12 and left[0] == 1 and 0 < left[-1] < left[-2] < 1
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 11 and told[-1].startswith(str(Path("new/checkpoint.pt: GridWorld")))
+    assert re.search(r"   12 updates, .* min: imagined_reward -?\d+\.\d+, ", told[9])
+    theirs, ours = (torch.load(path) for path in (NEWEST, "new/checkpoint.pt"))
+    assert NEWEST.read_bytes() == old and ours["config"]["horizon"] == 3
+    assert all((x == ours["model"][name]).all() for name, x in theirs["model"].items())
+    assert any((x != ours["agent"][name]).any() for name, x in theirs["agent"].items())
+    assert drama.main("--game GridWorld --eval 2 --checkpoint new/checkpoint.pt".split()) == 0
+    capsys.readouterr()
+    for wrong in ("run new", "run other --updates 0", "run other --d_model 32", "none other",
+                  "run other --horizon 0"):
+        assert new_agent.main(wrong.split()) == 2
+        assert capsys.readouterr().err.count("\n") == 1 and not Path("other").exists()
 
 
 def test_an_agent_that_draws_more_sharply_is_evaluated(capsys):

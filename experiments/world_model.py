@@ -3,10 +3,12 @@
     python experiments/world_model.py --game Pong --minutes 10 --picture pong.png [drama.py's flags]
     python experiments/world_model.py --game Pong --updates 3000 [drama.py's flags]
     python experiments/world_model.py --game Pong --updates 3000 --run runs/Pong-0 [its flags]
+    python experiments/world_model.py --game Pong --updates 2200 --run runs/Pong-0 --rows 30000
 
-Random play fills the replay with --warmup steps (default 5,000), or the run's frames do; nobody
-acts after that. Each minute, or each tenth of the updates, two lines on fresh play that was not
-trained on, random too or by the run's policy:
+Random play fills the replay with --warmup steps (default 5,000), or the run's frames do, with
+--rows its first ones; nobody acts after that. The moving average of the weights is judged. Each
+minute, or each tenth of the updates, two lines on play that was not trained on: fresh, random too
+or by the run's policy, or with --rows the run's next 12,000 steps:
 - squared error a frame of the reconstruction, of the next frame (decoded from the prior, all frames
   up to now seen) and of a dream 8 steps on, beside that of the last real frame held still;
 - on Pong the ball: the share of its brightness over the background that is drawn where the real
@@ -14,11 +16,13 @@ trained on, random too or by the run's policy:
 - the reward head where the reward was negative, zero, positive: how many such steps, the mean
   prediction there, and the AUC: how often it gives such a step a higher chance of such a reward
   than another step; 0.5 is blind;
-- dreams along the real actions: the correlation of dreamt with real sums of reward.
+- dreams along the real actions: the correlation of dreamt with real sums of reward; of a run, at
+  the end, the AUC of a gain and of a loss so many steps into the dream.
 The picture shows the frames as rows.
 """
 
 import argparse
+import copy
 import dataclasses
 import sys
 import time
@@ -63,19 +67,29 @@ def ball(real: torch.Tensor, drawn: torch.Tensor) -> float:
     return ((drawn - background)[where].sum() / (real - background)[where].sum()).item()
 
 
-def of_run(cfg, device, folder: Path) -> tuple[drama.Replay, drama.Replay]:
-    """A run's frames for a new world model, and fresh play of the run's policy."""
+def of_run(cfg, device, folder: Path, rows: int) -> tuple[drama.Replay, drama.Replay]:
+    """A run's frames for a new world model, and fresh play of the run's policy. Or else the run's
+    first so many rows, and the rows that follow."""
     from diagnose import load  # it imports this module
     theirs, model, agent, steps, saved = load(folder, True)
     if (theirs.game, theirs.image_size) != (cfg.game, cfg.image_size):
         raise drama.Refusal(f"{folder} holds {theirs.game} at {theirs.image_size} pixels, not "
                             f"{cfg.game} at {cfg.image_size}")
-    replay = drama.Replay(dataclasses.replace(cfg, steps=steps), device)
-    for name in ("frame", "action", "reward", "terminated", "first"):
-        getattr(replay, name).copy_(getattr(saved, name))
-    replay.size = steps
+    if rows and not 0 < rows <= steps - FRESH:
+        raise drama.Refusal(f"--rows {rows}: must lie from 1 to {steps - FRESH}: {folder} has "
+                            f"{steps} steps, and the last {FRESH} or more are to judge by")
+
+    def part(begin: int, end: int) -> drama.Replay:
+        replay = drama.Replay(dataclasses.replace(cfg, steps=end - begin), device)
+        for name in ("frame", "action", "reward", "terminated", "first"):
+            getattr(replay, name).copy_(getattr(saved, name)[begin:end])
+        replay.size = end - begin
+        return replay
+
+    if rows:
+        return part(0, rows), part(rows, min(steps, rows + 2 * FRESH))
     player = drama.Player(theirs, model.to(device), agent.to(device), 1, device)
-    return replay, play(cfg, device, FRESH, cfg.seed + 1, player)
+    return part(0, steps), play(cfg, device, FRESH, cfg.seed + 1, player)
 
 
 def auc(score: np.ndarray, event: np.ndarray) -> float:
@@ -189,6 +203,7 @@ def main() -> None:
     own.add_argument("--minutes", type=float, default=10)
     own.add_argument("--updates", type=int, default=0)
     own.add_argument("--run", type=Path)
+    own.add_argument("--rows", type=int, default=0)
     own.add_argument("--picture", default="")
     own, rest = own.parse_known_args()
     drama.keep_freed_pages()
@@ -196,7 +211,7 @@ def main() -> None:
     torch.manual_seed(cfg.seed)
     device, precision = drama.choose_device(cfg)
     if own.run:
-        replay, fresh = of_run(cfg, device, own.run)
+        replay, fresh = of_run(cfg, device, own.run, own.rows)
     else:
         replay, fresh = play(cfg, device, cfg.warmup, cfg.seed), play(cfg, device, FRESH,
                                                                       cfg.seed + 1)
@@ -204,6 +219,7 @@ def main() -> None:
     batch = fresh.batch((starts[:, None] + torch.arange(LENGTH)).to(device))
     num_actions = int(max(replay.action.max(), fresh.action.max())) + 1
     model = drama.WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
+    average = copy.deepcopy(model).eval()
     learner, _ = drama.make_learners(cfg, model, drama.ActorCritic(cfg, num_actions).to(device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     print(f"{cfg.game}, preset {cfg.preset}, {' '.join(rest)}, {precision}, "
@@ -213,6 +229,7 @@ def main() -> None:
         begun = time.perf_counter()
         with autocast:
             news = drama.update_world_model(model, learner, replay)
+        drama.follow(average, model, max(1 - cfg.average, 10 / (11 + updates)))
         spent, updates = spent + time.perf_counter() - begun, updates + 1
         done = updates >= own.updates if own.updates else spent >= 60 * own.minutes
         now = 10 * updates // own.updates if own.updates else spent // 60
@@ -220,8 +237,8 @@ def main() -> None:
             continue
         mark = now
         with autocast:
-            rewards = foretell(cfg, model, fresh)
-            films = {name: film.float() for name, film in look(cfg, model, batch).items()}
+            rewards = foretell(cfg, average, fresh)
+            films = {name: film.float() for name, film in look(cfg, average, batch).items()}
         flat = {name: film.flatten(0, 1).cpu() for name, film in films.items()}
         real = flat.pop("real")
         line = f"{spent / 60:4.1f} min, {updates:5} updates, kl {news['kl']:.2f}; error "
@@ -231,6 +248,10 @@ def main() -> None:
             line += "; ball " + ", ".join(f"{name} {ball(real, x):.2f}"
                                           for name, x in flat.items())
         print(f"{line}\n          {rewards}", flush=True)
+    if own.run:
+        from diagnose import look_ahead  # it imports this module
+        with torch.no_grad():
+            look_ahead(cfg, average, fresh, 0)
     if own.picture:
         draw(films, cfg, f"{updates} updates, {spent / 60:.1f} minutes", own.picture)
 
