@@ -69,12 +69,13 @@ def look_ahead(cfg, model, replay, begin: int) -> None:
     """How well are gains and losses told from other steps, so many steps into a dream?"""
     starts = torch.arange(begin, replay.size - cfg.context - cfg.horizon + 1, 2)
     found = []
-    for rows in (starts[:, None] + torch.arange(cfg.context + cfg.horizon)).split(128):
+    every = starts[:, None] + torch.arange(cfg.context + cfg.horizon)
+    for rows in every.to(replay.device).split(128):
         batch = replay.batch(rows)
         z = drama.draw_one_hot(model.encode(batch.frame[:, :cfg.context])).flatten(-2)
         d, real = dream_along(cfg, model, batch, z)
         found.append(torch.cat([chances(model, d), real[..., None]], -1))
-    loss, gain, real = torch.cat(found).unbind(-1)
+    loss, gain, real = torch.cat(found).cpu().unbind(-1)
     for name, chance, event in (("gain", gain, real > 0), ("loss", loss, real < 0)):
         words = [f"{t + 1}: {auc(chance[:, t].numpy(), event[:, t].numpy()):.2f}"
                  for t in (0, 1, 3, 7, 15) if t < cfg.horizon]

@@ -15,6 +15,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -31,16 +32,13 @@ def learn(cfg, model, replay, updates: int) -> drama.ActorCritic:
     agent = drama.ActorCritic(cfg, model.sequence.num_actions)
     steps = cfg.warmup + (updates + 3 * cfg.see_first) * cfg.train_every  # dreams begin late
     _, learner = drama.make_learners(dataclasses.replace(cfg, steps=steps), model, agent)
-    begun, sums = time.perf_counter(), dict.fromkeys(TOLD, 0.0)
-    parts = [updates * tenth // 10 for tenth in range(11)]
-    for before, after in zip(parts, parts[1:]):
-        for _ in range(before, after):
-            news = drama.update_actor_critic(cfg, model, agent, learner, replay)
-            sums = {name: total + news[name] for name, total in sums.items()}
-        means = ", ".join(f"{name} {total / max(1, after - before):.4f}"
-                          for name, total in sums.items())
-        drama.say(f"{after:5} updates, {(time.perf_counter() - begun) / 60:.1f} min: {means}")
-        sums = dict.fromkeys(TOLD, 0.0)
+    begun, news = time.perf_counter(), []
+    for k in range(1, updates + 1):
+        news.append(drama.update_actor_critic(cfg, model, agent, learner, replay))
+        if 10 * k // updates > 10 * (k - 1) // updates:
+            means = ", ".join(f"{name} {fmean(new[name] for new in news):.4f}" for name in TOLD)
+            drama.say(f"{k:5} updates, {(time.perf_counter() - begun) / 60:.1f} min: {means}")
+            news = []
     return agent
 
 

@@ -80,6 +80,7 @@ def of_run(cfg, device, folder: Path, rows: int) -> tuple[drama.Replay, drama.Re
                             f"{steps} steps, and the last {FRESH} or more are to judge by")
 
     def part(begin: int, end: int) -> drama.Replay:
+        """Those rows as a replay of their own, of which nothing was trained on yet."""
         replay = drama.Replay(dataclasses.replace(cfg, steps=end - begin), device)
         for name in ("frame", "action", "reward", "terminated", "first"):
             getattr(replay, name).copy_(getattr(saved, name)[begin:end])
@@ -229,7 +230,7 @@ def main() -> None:
         begun = time.perf_counter()
         with autocast:
             news = drama.update_world_model(model, learner, replay)
-        drama.follow(average, model, max(1 - cfg.average, 10 / (11 + updates)))
+        drama.follow(average, model, max(1 - cfg.average, 10 / (10 + learner.updates)))
         spent, updates = spent + time.perf_counter() - begun, updates + 1
         done = updates >= own.updates if own.updates else spent >= 60 * own.minutes
         now = 10 * updates // own.updates if own.updates else spent // 60
