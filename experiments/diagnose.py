@@ -46,8 +46,8 @@ def load(path: Path, with_replay: bool):
     if with_replay:
         replay = drama.Replay(dataclasses.replace(cfg, steps=step), device)
         replay.load_state_dict(saved["replay"])
-        frames = np.fromfile(path / "frames.bin", np.uint8, replay.frame.numel())
-        replay.frame.copy_(torch.from_numpy(frames).view_as(replay.frame))
+        replay.frame = torch.from_numpy(np.memmap(path / "frames.bin", np.uint8, "c",
+                                                  shape=tuple(replay.frame.shape)))
     return cfg, *drama.rebuild(saved, cfg, device), step, replay
 
 
