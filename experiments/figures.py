@@ -29,6 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dfs_counts  # noqa: E402
+import diagnose  # noqa: E402
 
 import drama  # noqa: E402
 
@@ -54,14 +55,8 @@ class Trained(NamedTuple):
 
 def load(folder: Path) -> Trained:
     """A run folder's checkpoint and frames; it may be in use."""
-    device = torch.device("cpu")
-    saved = drama.load_checkpoint(folder / "checkpoint.pt", device, {})
-    cfg = drama.Config(**saved["config"])
-    replay = drama.Replay(dataclasses.replace(cfg, steps=saved["at"]["step"]), device)
-    replay.load_state_dict(saved["replay"])
-    replay.frame = torch.from_numpy(np.memmap(folder / "frames.bin", np.uint8, "c",
-                                              shape=tuple(replay.frame.shape)))
-    return Trained(folder, cfg, *drama.rebuild(saved, cfg, device), replay)
+    cfg, model, agent, _, replay = diagnose.load(folder, True)
+    return Trained(folder, cfg, model, agent, replay)
 
 
 class Seen(NamedTuple):
