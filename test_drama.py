@@ -2677,6 +2677,7 @@ def test_world_models_are_looked_at(world_model, run, monkeypatch, capsys):
         said = capsys.readouterr().out
         assert played in said and re.search(rf"positive \d+ times: mean {number}, AUC", said)
         assert re.search(rf"sum of reward {number}, real {number}, correlation", said)
+        assert re.search(rf"dreamt by the policy: {number}, {number}, {number}, {number}\n", said)
         assert re.search(r"AUC of a loss so many steps on: 1: (0\.\d\d|nan), 2: ", said)
         assert re.search(r"8 steps before, .* foresees \d+% of \d+ gains", said)
         assert ("trained on 0 to 3 times: 4 steps before, " in said) == (not flags)

@@ -11,6 +11,8 @@ were trained on, or at fresh play of the policy or of random actions, which was 
 - dreams along the real actions: correlation of predicted and real sums of reward, mean of each;
   the AUC so many steps into the dream, each dream drawn once;
 - dreams of the policy: mean reward a step, chance of a gain and of a loss, beside the real ones;
+  by quarters too: where dreams begin as play goes and then promise more, the policy has found
+  what the model does not punish;
 - the critic: its value on real frames against the discounted returns that followed;
 - gains and losses: which follows which, and how many steps before them dreams foresee them;
 - of a run: the same for all its gains and losses, by how often they were trained on.
@@ -53,16 +55,23 @@ def load(path: Path, with_replay: bool):
 
 def look_at_dreams(cfg, model, agent, batch, z) -> None:
     """Rewards of dreams along the real actions, then of dreams of the policy."""
-    total, real = rewards_dreamt(cfg, model, batch, z)
-    both = np.corrcoef(total, real)[0, 1]
+    d, real = dream_along(cfg, model, batch, z)
+    along = model.two_hot.mean(model.reward(d))
+    total, came = along.sum(1), real.sum(1)
+    both = np.corrcoef(total.numpy(), came.numpy())[0, 1]
     print(f"dreams of {cfg.horizon} steps along the real actions: sum of reward "
-          f"{total.mean():+.3f}, real {real.mean():+.3f}, correlation {both:.2f}")
+          f"{total.mean():+.3f}, real {came.mean():+.3f}, correlation {both:.2f}")
     context = (x[:, :cfg.context] for x in (z, batch.action, batch.first))
     dream = model.imagine(agent.actor, *context)
     loss, gain = chances(model, dream.feature[:, 1:, cfg.d_z:]).mean((0, 1))  # [z, d]: of d
     print(f"dreams of the policy: reward a step {dream.reward.mean():+.4f}, chance of a gain "
           f"{gain:.2%}, of a loss {loss:.2%}; real {batch.reward.mean():+.4f}, "
           f"{(batch.reward > 0).float().mean():.2%}, {(batch.reward < 0).float().mean():.2%}")
+    for name, reward in (("real", real), ("dreamt along the real actions", along),
+                         ("dreamt by the policy", dream.reward)):
+        quarters = reward.tensor_split(min(4, cfg.horizon), 1)
+        print(f"reward a step from quarter to quarter of a dream, {name}: "
+              + ", ".join(f"{part.mean():+.4f}" for part in quarters))
 
 
 def look_ahead(cfg, model, replay, begin: int) -> None:
