@@ -2346,6 +2346,8 @@ def test_curves_bands_lie_between_the_seeds(tmp_path):
     assert np.allclose([line[0], line[-1]], [3, 5])
     band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
     assert np.allclose([band.min(), band.max()], [2, 6])
+    many = {str(k): runs for k in range(2 * len(curves.COLOURS))}  # none is left out
+    assert len(curves.draw("GridWorld", many, {}, "", 2).axes[0].lines) == len(many)
 
 
 def test_weights_by_age_begin_with_the_newest():

@@ -19,6 +19,7 @@ import argparse
 import csv
 import glob
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from experiments import pictures  # noqa: E402
 from experiments.gridworld import GridWorld  # noqa: E402
 from experiments.suite import PUBLISHED  # noqa: E402
 
-COLOURS = "#1f5fa8", "#7a7a7a", "#e07b00", "#2a8a3e", "#8b3fa0"
+COLOURS = "#1f5fa8", "#7a7a7a", "#e07b00", "#2a8a3e", "#8b3fa0", "#c0392b", "#17a2a2", "#7a4a1f"
 AXES = {"steps": "environment steps", "minutes": "minutes"}
 # mean return by environment step over five seeds, read off the scores that come with its code
 DREAMER_V3 = {
@@ -99,7 +100,7 @@ def draw(game: str, groups: dict, levels: dict, flags: str, k: int, against=("st
     figure, axes = pyplot.subplots(1, len(against), figsize=(width, 5), sharey=True,
                                    layout="constrained", squeeze=False)
     for axis, along in zip(axes[0], against):
-        for (name, runs), colour in zip(groups.items(), COLOURS):
+        for (name, runs), colour in zip(groups.items(), cycle(COLOURS)):
             band(axis, along, name, runs, colour)
         axis.margins(y=0.05)
         for level in levels.values():
@@ -143,7 +144,7 @@ def draw_folder(folder: Path, k: int):
         axis.set_visible(False)
     lines = {}  # by label, for the legend
     for axis, (game, paths) in zip(axes.flat, files.items()):
-        for path, colour in zip(paths, COLOURS):
+        for path, colour in zip(paths, cycle(COLOURS)):
             run, seed = read(path, k), f"seed {path.parent.name.rpartition('-')[2]}"
             lines[seed], = axis.plot(run.steps / 1000, run.mean, color=colour, label=seed)
         for name, style in (("random", ":"), ("human", "--"), ("Drama", "-")):
