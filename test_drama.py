@@ -2632,6 +2632,17 @@ def test_how_far_a_dream_sees(world_model, model, monkeypatch, capsys):
         "4: 0.50" for name in ("gain", "loss")]
 
 
+def test_dreams_are_told_by_quarters(world_model, model, agent, monkeypatch, capsys):
+    diagnose, replay, cfg = importlib.import_module("diagnose"), make_replay(80), small(horizon=6)
+    told = torch.zeros(2, 6, cfg.d_model), torch.arange(12.0).view(2, 6)  # d, real rewards
+    monkeypatch.setattr(diagnose, "dream_along", lambda *_: told)
+    batch = replay.batch(torch.arange(20).view(2, 10))
+    z = torch.zeros(2, 10, cfg.d_z)
+    with torch.no_grad(), np.errstate(invalid="ignore"):  # a new head's dreams do not vary
+        diagnose.look_at_dreams(cfg, model, agent, batch, z)
+    assert "dream, real: +3.5000, +5.5000, +7.0000, +8.0000\n" in capsys.readouterr().out
+
+
 def test_windows_score_each_step_once_and_dreams_stop_at_an_opening(world_model, model):
     cfg = dataclasses.replace(small(), context=4, horizon=3)
     rows = world_model.windows(cfg, 5, 30)
