@@ -144,6 +144,7 @@ class Config:
     gamma: float = opt(0.985, "discount of a step", 0.0, 1.0)
     lam: float = opt(0.95, "lambda of the lambda-return", 0.0, 1.0)
     return_decay: float = opt(0.99, "EMA of the returns' 5-95 percentile range", 0.0, 1.0)
+    return_floor: float = opt(1.0, "advantages over that range, or over this", 1e-3, 1e6)
     slow_decay: float = opt(0.98, "EMA of the slow critic's weights", 0.0, 1.0)
     actor_eps: float = opt(1e-5, "actor and critic: Adam's epsilon", 1e-12, 1.0)
     actor_clip: float = opt(100.0, "actor and critic: largest gradient norm", 1e-3, 1e9)
@@ -782,8 +783,7 @@ class WorldModel(nn.Module):
 
 class Dream(NamedTuple):
     """Imagined futures of H steps.
-    The feature is [z_t, d_{t-1}] and not d_t, because d_t has a_t in it, which is still to be
-    chosen. z_t brings what is new, d_{t-1} the past."""
+    The feature is [z_t, d_{t-1}], new and past; d_t has a_t in it, which is still to be chosen."""
 
     feature: Tensor  # (b, H+1, d_feature)
     action: Tensor  # (b, H)
@@ -855,10 +855,10 @@ class ActorCritic(nn.Module):
         value = self.two_hot.mean(value_logits).detach()
         slow_value = self.two_hot.mean(self.slow_critic(dream.feature[:, :-1]))
         R = lambda_return(dream.reward, dream.end, value, self.cfg.gamma, self.cfg.lam)
-        # large returns are shrunk, without outliers; small ones are not blown up: they may be noise
+        # NOTE(12): over their range, without outliers; over the floor if smaller: it may be noise
         low, high = torch.quantile(R, R.new_tensor([0.05, 0.95]))
         self.scale.lerp_(high - low, 1 - self.cfg.return_decay)
-        advantage = (R - value[:, :-1]) / self.scale.clamp(min=1)
+        advantage = (R - value[:, :-1]) / self.scale.clamp(min=self.cfg.return_floor)
         # NOTE(8): a step counts by the product of (1 - e) before it: none is learnt after a death
         alive = F.pad((1 - dream.end).cumprod(1)[:, :-1], (1, 0), value=1.0)
         log_pi = self.actor(dream.feature[:, :-1]).float().log_softmax(-1)  # (b, H, actions)

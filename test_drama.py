@@ -1023,7 +1023,8 @@ def test_learner_warms_up_clips_and_refuses_what_is_not_finite():
 
 @torch.no_grad()
 def test_actor_critic_losses_against_numpy(agent):
-    dream, cfg = make_dream(), small()
+    dream, cfg = make_dream(), small(return_floor=0.5)
+    agent.cfg = cfg
     value = agent.two_hot.mean(agent.critic(dream.feature))
     R = drama.lambda_return(dream.reward, dream.end, value, cfg.gamma, cfg.lam)
     log_pi = np.log(softmax(agent.actor(dream.feature)))[:, :-1]
@@ -1033,12 +1034,12 @@ def test_actor_critic_losses_against_numpy(agent):
     for t in range(5):
         alive[:, t + 1] = alive[:, t] * (1 - dream.end[:, t].numpy())
     width = np.subtract(*np.percentile(R, [95, 5]))
-    for old in (0.0, 300.0):  # below 1 the scale does not divide
+    for old in (0.0, 300.0):  # below the floor the scale does not divide
         agent.scale.fill_(old)
         losses, _ = agent.loss(dream)
         scale = 0.99 * old + 0.01 * width
         assert agent.scale.item() == pytest.approx(scale, rel=1e-4)
-        advantage = (R - value[:, :-1]).numpy() / max(1, scale)
+        advantage = (R - value[:, :-1]).numpy() / max(0.5, scale)
         chosen = np.take_along_axis(log_pi, dream.action.numpy()[..., None], -1)[..., 0]
         want = dict(policy=-chosen * advantage, entropy=(np.exp(log_pi) * log_pi).sum(-1),
                     value=-(agent.two_hot.encode(R).numpy() * log_bins).sum(-1),
@@ -1649,7 +1650,7 @@ def test_every_flag_works_or_is_refused(f, capsys):
     "--log_every 1 --layers 1 --d_conv 1 --context 2 --horizon 1 --save_every 0",
     "--unimix 0 --gamma 0 --lam 0 --batch_size 1 --dreams 1 --free_bits 0 --temperature 0.001",
     "--gamma 1 --lam 1 --sampler uniform --stored_latents false --precision bfloat16 --dropout 0",
-    "--chunk_size 1 --bins 3 --slow_decay 0 --return_decay 1 --batch_length 2",
+    "--chunk_size 1 --bins 3 --slow_decay 0 --return_decay 1 --return_floor 0.001 --batch_length 2",
     "--image_size 12 --first_stride 3 --categoricals 1 --classes 2 --temperature 1e9 --d_state 1",
     "--dreams 500 --batch_size 30 --horizon 17 --chunk_size 99 --expand 1 --headdim 1"])
 def test_edge_values_run(flags):
@@ -2752,13 +2753,13 @@ def test_what_a_run_had_in_each_so_many_steps(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("step,seconds,episode,return,length\n"
                                     "5,1,1,2,5,0.5\n9,2,2,4,4\n20,3,3,-11,11\n")  # an old one
     (tmp_path / "a-metrics.csv").write_text(
-        "step,imagined_reward,policy_entropy,kl,reconstruction\n"
-        "4,nan,nan,2,7\n8,nan,nan,4,9\n12,0.5,1,6,1\n20,0.25,2,8,3\n")
+        "step,imagined_reward,policy_entropy,return_scale,kl,reconstruction\n"
+        "4,nan,nan,nan,2,7\n8,nan,nan,nan,4,9\n12,0.5,1,0.6,6,1\n20,0.25,2,0.2,8,3\n")
     assert by_steps.main([str(tmp_path / "a.csv"), "--every", "10"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
         "  0 to 10: return 3.0 of 2, play 0.6667 a step, KL 3, reconstruction 8",
-        "  10 to 20: return -11.0 of 1, play -1.0000 a step, dream 0.375, entropy 1.5, KL 7, "
-        "reconstruction 2"]
+        "  10 to 20: return -11.0 of 1, play -1.0000 a step, dream 0.375, entropy 1.5, range 0.4, "
+        "KL 7, reconstruction 2"]
     (tmp_path / "a.csv").rename(tmp_path / "episodes.csv")  # without metrics
     assert by_steps.main([str(tmp_path / "episodes.csv")]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [

@@ -656,7 +656,7 @@ def agent_numbers(n, feature, action, reward, end, scale, cfg, fault=""):
     new = scale + (1 - cfg["return_decay"]) * (high - low - scale)
     new = high - low if fault == "no ema" else new
     base = {"no baseline": 0, "next": V[:, 1:]}.get(fault, V[:, :-1])
-    advantage = (R - base) / (new if fault == "no floor" else max(1, new))
+    advantage = (R - base) / (new if fault == "no floor" else max(cfg["return_floor"], new))
     advantage = R - base if fault == "no scale" else advantage
     alive = np.ones_like(end)
     alive[:, 1:] = np.cumprod(1 - end, 1)[:, :-1]
@@ -688,12 +688,12 @@ def actor_critic_losses(student, rng):
     n["critic"], n["slow_critic"] = 0.5 * rng.normal(size=(2, width, 7))
     feature, action = rng.normal(size=(b, h + 1, width)), rng.integers(0, 4, (b, h))
     reward, end = 3 * rng.normal(size=(b, h)), rng.uniform(0.1, 0.6, (b, h))
-    cfg = dict(gamma=0.9, lam=0.8, return_decay=0.75)
+    cfg = dict(gamma=0.9, lam=0.8, return_decay=0.75, return_floor=0.5)
     faults = {
         "the advantage is R - V: is the baseline taken off?": "no baseline",
         "the baseline is V_t, of the state that was acted in": "next",
-        "the advantage is divided by max(1, scale)": "no scale",
-        "the scale counts as 1 at least": "no floor",
+        "the advantage is divided by max(return_floor, scale)": "no scale",
+        "the scale counts as return_floor at least": "no floor",
         "the scale moves by 1 - return_decay to the range, not at once": "no ema",
         "each step counts by the chance to be alive: is `alive` there?": "alive",
         "alive is the product of (1 - e) BEFORE the step, the first is 1": "late",

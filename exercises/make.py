@@ -149,7 +149,7 @@ TASKS = (
     Task(10, "the actor-critic's losses", 12, {
         "ActorCritic.loss": Blank("""\
     # Losses, each (b, H) and times `alive`, the chance of no end BEFORE the step:
-    #   policy      -log pi(a) times the advantage (R - V) / max(1, scale)
+    #   policy      -log pi(a) times the advantage (R - V) / max(return_floor, scale)
     #   entropy     minus the policy's entropy (the weight stands in self.weights)
     #   value       two-hot loss of the critic to R;  slow_value: to the slow critic's mean
     # V is detached: the actor must not move the critic. self.scale moves by 1 - return_decay

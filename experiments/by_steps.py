@@ -4,8 +4,8 @@
 
 Each file is a run's episodes.csv; beside NAME.csv its metrics may lie as NAME-metrics.csv, in a run
 folder as metrics.csv. A line for each stretch: the mean return of the episodes that ended in it
-and how many they were; the reward a step in play and in dreams; the policy's entropy; the KL and
-the reconstruction. The last step of all counts to the last stretch.
+and how many they were; the reward a step in play and in dreams; the policy's entropy; the range
+of the dreamt returns; the KL and the reconstruction. The last step counts to the last stretch.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drama  # noqa: E402
 
-SHOWN = {"dream": "imagined_reward", "entropy": "policy_entropy", "KL": "kl",
-         "reconstruction": "reconstruction"}
+SHOWN = {"dream": "imagined_reward", "entropy": "policy_entropy", "range": "return_scale",
+         "KL": "kl", "reconstruction": "reconstruction"}
 
 
 def columns(path: Path, every: int) -> dict:

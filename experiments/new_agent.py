@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drama  # noqa: E402
 
 FLAGS = set("seed dreams horizon context temperature actor_lr entropy lr_warmup lr_fall gamma lam "
-            "actor_units critic_units hidden_layers return_decay slow_decay".split())
+            "actor_units critic_units hidden_layers return_decay return_floor slow_decay".split())
 TOLD = "imagined_reward", "imagined_value", "policy_entropy"
 
 
