@@ -144,7 +144,7 @@ class Config:
     gamma: float = opt(0.985, "discount of a step", 0.0, 1.0)
     lam: float = opt(0.95, "lambda of the lambda-return", 0.0, 1.0)
     return_decay: float = opt(0.99, "EMA of the returns' 5-95 percentile range", 0.0, 1.0)
-    return_floor: float = opt(1.0, "advantages over that range, or over this", 1e-3, 1e6)
+    return_floor: float = opt(1.0, "least divisor of advantages, where that range is smaller", 1e-3, 1e6)
     slow_decay: float = opt(0.98, "EMA of the slow critic's weights", 0.0, 1.0)
     actor_eps: float = opt(1e-5, "actor and critic: Adam's epsilon", 1e-12, 1.0)
     actor_clip: float = opt(100.0, "actor and critic: largest gradient norm", 1e-3, 1e9)
@@ -783,7 +783,7 @@ class WorldModel(nn.Module):
 
 class Dream(NamedTuple):
     """Imagined futures of H steps.
-    The feature is [z_t, d_{t-1}], new and past; d_t has a_t in it, which is still to be chosen."""
+    The feature is [z_t, d_{t-1}], the new and the past. d_t has a_t in it, still to be chosen."""
 
     feature: Tensor  # (b, H+1, d_feature)
     action: Tensor  # (b, H)
@@ -855,7 +855,7 @@ class ActorCritic(nn.Module):
         value = self.two_hot.mean(value_logits).detach()
         slow_value = self.two_hot.mean(self.slow_critic(dream.feature[:, :-1]))
         R = lambda_return(dream.reward, dream.end, value, self.cfg.gamma, self.cfg.lam)
-        # NOTE(12): over their range, without outliers; over the floor if smaller: it may be noise
+        # NOTE(12): large returns are shrunk, small ones grow; a range under the floor may be noise
         low, high = torch.quantile(R, R.new_tensor([0.05, 0.95]))
         self.scale.lerp_(high - low, 1 - self.cfg.return_decay)
         advantage = (R - value[:, :-1]) / self.scale.clamp(min=self.cfg.return_floor)
