@@ -144,7 +144,7 @@ class Config:
     gamma: float = opt(0.985, "discount of a step", 0.0, 1.0)
     lam: float = opt(0.95, "lambda of the lambda-return", 0.0, 1.0)
     return_decay: float = opt(0.99, "EMA of the returns' 5-95 percentile range", 0.0, 1.0)
-    return_floor: float = opt(1.0, "least divisor of advantages, where that range is smaller", 1e-3, 1e6)
+    return_floor: float = opt(1.0, "least divisor of the advantages, else that range", 1e-3, 1e6)
     slow_decay: float = opt(0.98, "EMA of the slow critic's weights", 0.0, 1.0)
     actor_eps: float = opt(1e-5, "actor and critic: Adam's epsilon", 1e-12, 1.0)
     actor_clip: float = opt(100.0, "actor and critic: largest gradient norm", 1e-3, 1e9)
