@@ -2787,8 +2787,9 @@ def test_gains_and_losses_are_counted_and_looked_for(model, monkeypatch, capsys)
     monkeypatch.setattr(diagnose, "rewards_dreamt", dreamt)
     diagnose.look_at_events(small(), model, replay, 30)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["after a gain: a gain 1 times, a loss 1 times",
-                         "after a loss: a gain 1 times, a loss 0 times"]
+    assert lines[:2] == [
+        "after a gain: a gain 1 times, 5 steps later; a loss 1 times, 15 steps later",
+        "after a loss: a gain 1 times, 15 steps later; a loss 0 times"]
     for line, ahead, losses in zip(lines[2:], (2, 4, 8, 16), (100, 100, 0, 0), strict=True):
         assert line == (f"{ahead} steps before, a dream along the real actions foresees "
                         f"100% of 3 gains, {losses}% of 1 losses")

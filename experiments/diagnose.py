@@ -14,7 +14,8 @@ were trained on, or at fresh play of the policy or of random actions, which was 
   by quarters too: where dreams begin as play goes and then promise more, the policy has found
   what the model does not punish;
 - the critic: its value on real frames against the discounted returns that followed;
-- gains and losses: which follows which, and how many steps before them dreams foresee them;
+- gains and losses: which follows which and after how many steps (the median), and how many steps
+  before them dreams foresee them;
 - of a run: the same for all its gains and losses, by how often they were trained on.
 """
 
@@ -132,10 +133,15 @@ def in_words(real, told) -> str:
 def look_at_events(cfg, model, replay, begin: int) -> None:
     """What follows a gain or a loss, and how early each is dreamt along the real actions."""
     events = begin + replay.reward[begin:replay.size].nonzero().flatten()
-    signs = replay.reward[events].sign()
-    for sign, name in ((1, "gain"), (-1, "loss")):
-        after = signs[1:][signs[:-1] == sign]
-        print(f"after a {name}: a gain {(after > 0).sum()} times, a loss {(after < 0).sum()} times")
+    signs, apart = replay.reward[events].sign(), events.diff().float()
+    kinds = (1, "gain"), (-1, "loss")
+    for sign, name in kinds:
+        words = []
+        for then, following in kinds:
+            steps = apart[(signs[:-1] == sign) & (signs[1:] == then)]
+            later = f", {steps.quantile(0.5):g} steps later" if len(steps) else ""
+            words.append(f"a {following} {len(steps)} times{later}")
+        print(f"after a {name}: {'; '.join(words)}")
     for ahead in (2, 4, 8, 16):
         _, real, told = foresee(cfg, model, replay, events, ahead)
         print(f"{ahead} steps before, a dream along the real actions foresees "
