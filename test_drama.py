@@ -2794,6 +2794,12 @@ def test_gains_and_losses_are_counted_and_looked_for(model, monkeypatch, capsys)
         assert line == (f"{ahead} steps before, a dream along the real actions foresees "
                         f"100% of 3 gains, {losses}% of 1 losses")
         assert seen[ahead] == [40, 45, 60, 75]
+    rewards, replay.reward[:] = replay.reward.clone(), 0
+    replay.reward[[40, 41, 43, 79]] = 1.0  # 1, 2 and 36 steps apart
+    diagnose.look_at_events(small(), model, replay, 30)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "after a gain: a gain 3 times, 2 steps later; a loss 0 times"
+    replay.reward[:] = rewards
     replay.trained[:] = 0
     starts = 31, 45, 45, 45, 52, 66, 66, 66, 66, 66, 66, 66, 75
     for row in starts:
