@@ -19,7 +19,7 @@ import argparse
 import csv
 import glob
 import sys
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ from experiments.gridworld import GridWorld  # noqa: E402
 from experiments.suite import PUBLISHED  # noqa: E402
 
 COLOURS = "#1f5fa8", "#7a7a7a", "#e07b00", "#2a8a3e", "#8b3fa0", "#c0392b", "#17a2a2", "#7a4a1f"
+DASHES = "-", "--", ":"  # each with all colours, as groups may be more than these
 AXES = {"steps": "environment steps", "minutes": "minutes"}
 # mean return by environment step over five seeds, read off the scores that come with its code
 DREAMER_V3 = {
@@ -82,14 +83,14 @@ def tell(name: str, run: Episodes, k: int, marks, level) -> None:
     print(f"{name}, mean of {k}: " + "; ".join(words))
 
 
-def band(axis, along: str, name: str, runs: list[Episodes], colour: str) -> None:
+def band(axis, along: str, name: str, runs: list[Episodes], dashes: str, colour: str) -> None:
     """A group: its mean, and from the worst to the best run, where all of them have played."""
     at = [getattr(run, along) for run in runs]
     x = np.linspace(max(a[0] for a in at), min(a[-1] for a in at), 300)
     means = np.stack([np.interp(x, a, run.mean) for a, run in zip(at, runs)])
     axis.fill_between(x, means.min(0), means.max(0), color=colour, alpha=0.2, lw=0)
     seeds = f"{len(runs)} seeds" if len(runs) > 1 else "one seed"
-    axis.plot(x, means.mean(0), color=colour, lw=2.5, label=f"{name}, {seeds}")
+    axis.plot(x, means.mean(0), dashes, color=colour, lw=2.5, label=f"{name}, {seeds}")
 
 
 def draw(game: str, groups: dict, levels: dict, flags: str, k: int, against=("steps",),
@@ -100,8 +101,8 @@ def draw(game: str, groups: dict, levels: dict, flags: str, k: int, against=("st
     figure, axes = pyplot.subplots(1, len(against), figsize=(width, 5), sharey=True,
                                    layout="constrained", squeeze=False)
     for axis, along in zip(axes[0], against):
-        for (name, runs), colour in zip(groups.items(), cycle(COLOURS)):
-            band(axis, along, name, runs, colour)
+        for (name, runs), style in zip(groups.items(), cycle(product(DASHES, COLOURS))):
+            band(axis, along, name, runs, *style)
         axis.margins(y=0.05)
         for level in levels.values():
             axis.axhline(level, ls="--", lw=1, color="black")
