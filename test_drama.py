@@ -2818,6 +2818,71 @@ def test_gains_and_losses_are_counted_and_looked_for(model, monkeypatch, capsys)
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
+def test_balls_are_found_followed_and_counted(capsys, tmp_path):
+    balls = experiment("balls")
+    frames = torch.full((4, 3, 64, 64), 17 / 255)
+    frames[:, :, 11:13, 5] = 1  # a paddle is no ball
+    frames[0, 2, 30:32, 9], frames[1, 2, 30:32, 31] = 236 / 255, 236 / 255
+    frames[2, 2, 30:32, 31] += 0.1  # a shadow of one
+    x = balls.find(frames)
+    assert np.isfinite(x).tolist() == [True, True, False, False]
+    assert 0 <= x[0] < 0.05 and 0.45 < x[1] < 0.55
+    nowhere, no, there = np.full(12, np.nan), np.zeros(20), np.linspace(0.4, 0.9, 8)
+    back, on = (np.concatenate([there, there[:-1][k], nowhere])[:20]
+                for k in (slice(None, None, -1), slice(0)))
+    lost = np.eye(20)[9] * -1.0
+    assert [balls.fate(back, no), balls.fate(on, lost), balls.fate(on, no)] == [
+        "returned", "lost", "gone"]
+    assert balls.fate(back, lost) == "lost" and balls.fate(back, lost / 3) == "returned"
+    assert balls.fate(on, np.eye(20)[5] + lost * 2) == "gone"  # first it wins one
+    assert balls.fate(np.linspace(0.4, 0.7, 20), no) == "none"
+    assert balls.shares(["lost", "gone", "gone", "none"]) == (
+        "lost 25.0%, returned 0.0%, gone 50.0%, none 25.0%")
+    flight = np.concatenate([np.linspace(0, 1, 40), np.linspace(1, 0, 40)] * 2)
+    first = np.zeros(160, bool)
+    starts = balls.moments(flight, first, 8)
+    assert starts.tolist() == [10, 16, 90, 96]  # a quarter to a half of the way, six steps apart
+    first[30] = True
+    assert balls.moments(flight, first, 8).tolist() == [90, 96]
+    (tmp_path / "none").mkdir()
+    assert balls.main([str(tmp_path / "none")]) == 2 == balls.main(["x", "--dreams", "0"])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(line.startswith("balls.py: ") for line in said)
+
+
+def test_balls_are_dreamt_of_along_a_script(model, agent, monkeypatch, capsys):
+    balls, replay, cfg = experiment("balls"), make_replay(80), small()
+    monkeypatch.setattr(balls, "moments", lambda x, first, context: np.array([20, 30, 40]))
+    monkeypatch.setattr(balls, "find", lambda frames: np.full(len(frames), np.nan))
+    replay.reward[:] = 0
+    replay.reward[33] = -1.0
+    dreamt = []
+
+    def imagine(actor, z, action, first):
+        drawn = [actor(z[:, -1]).argmax(-1) for _ in range(balls.STEPS)]
+        dreamt.append(torch.stack(drawn, 1))
+        feature = torch.zeros(len(z), balls.STEPS + 1, cfg.d_z + cfg.d_model)
+        return drama.Dream(feature, dreamt[-1], -torch.ones(len(z), balls.STEPS), None)
+
+    monkeypatch.setattr(model, "imagine", imagine)
+    kept = model.cfg
+    try:
+        balls.look(cfg, model, SimpleNamespace(actor=lambda z: z[:, :2]), replay, 4, dreams=2)
+    finally:
+        model.cfg = kept
+    rows = 4 + torch.tensor([20, 30, 40]).repeat(2)
+    real = replay.action[rows[:, None] + torch.arange(balls.STEPS)]
+    assert torch.equal(dreamt[0], real) and len(dreamt) == 3
+    assert not torch.equal(dreamt[1], real)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == ("3 balls fly at the agent; in play lost 33.3%, returned 0.0%, gone 66.7%, "
+                       "none 0.0%")
+    assert said[1:4] == ["dreams along the real actions: lost 100.0%, returned 0.0%, gone 0.0%, "
+                         "none 0.0%", "  1 lost in play: lost 100.0%, returned 0.0%, gone 0.0%, "
+                         "none 0.0%", "  0 returned in play: lost 0.0%, returned 0.0%, gone 0.0%, "
+                         "none 0.0%"]
+
+
 # ---- the exercises ------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent / "exercises"

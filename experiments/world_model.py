@@ -57,11 +57,16 @@ def play(cfg, device, steps: int, seed: int, player=None) -> drama.Replay:
     return replay
 
 
+def field(frames: torch.Tensor) -> torch.Tensor:
+    """Pong frames (n, 3, H, W) in 0..1 -> what lies between walls and paddles, (n, h, w).
+    It is the blue of it: the background has 17 of 255, the ball 236."""
+    h, w = frames.shape[-2:]
+    return frames[:, 2, h * 36 // 210 + 1:h * 192 // 210, w * 24 // 160:w * 136 // 160]
+
+
 def ball(real: torch.Tensor, drawn: torch.Tensor) -> float:
     """Share of the Pong ball's brightness that is drawn; frames (n, 3, H, W) in 0..1."""
-    h, w = real.shape[-2:]
-    field = ..., slice(h * 36 // 210 + 1, h * 192 // 210), slice(w * 24 // 160, w * 136 // 160)
-    real, drawn = real[:, 2][field], drawn[:, 2][field]  # blue: background 17, ball 236
+    real, drawn = field(real), field(drawn)
     background = real.median()
     where = real - background > 0.2
     return ((drawn - background)[where].sum() / (real - background)[where].sum()).item()
