@@ -107,7 +107,7 @@ def look(cfg, model, agent, replay, begin: int, dreams: int) -> None:
     came = np.array([fate(x[t + 1:t + STEPS + 1], reward[t:t + STEPS]) for t in starts])
     print(f"{len(came)} balls fly at the agent; in play {shares(came)}", flush=True)
     ends = torch.from_numpy(begin + starts)
-    others = ends[torch.randperm(len(ends))]
+    others = ends.roll(len(ends) // 2)  # never its own
     kinds = ("along the real actions", ends), ("along another moment's actions", others), (
         "of the policy", None)
     for kind, acted in kinds:
