@@ -705,8 +705,7 @@ class WorldModel(nn.Module):
 
     def _categoricals(self, flat: Tensor) -> Tensor:
         """(..., K*C) -> log-probabilities (..., K, C)."""
-        shape = self.cfg.categoricals, self.cfg.classes
-        return unimix(flat.unflatten(-1, shape), self.cfg.unimix)
+        return unimix(flat.unflatten(-1, (-1, self.cfg.classes)), self.cfg.unimix)
 
     def encode(self, frame: Tensor) -> Tensor:
         """frame (..., H, W, 3) uint8 -> log P(z_t | o_t), the posterior, (..., K, C)."""
@@ -717,8 +716,8 @@ class WorldModel(nn.Module):
         """z (..., K*C) -> frames (..., 3, H, W) in 0..1."""
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
-    def log_prior(self, d: Tensor) -> Tensor:
-        """d_t (..., d_model) -> log P(z_{t+1} | d_t), the prior, (..., K, C)."""
+    def log_prior(self, d: Tensor, z: Tensor | None = None) -> Tensor:
+        """d_t (..., d_model) -> log P(z_{t+1} | d_t), the prior, (..., K, C); z_{t+1} is unused."""
         return self._categoricals(self.prior(d))
 
     def reconstruction_error(self, z: Tensor, frame: Tensor) -> Tensor:
@@ -744,7 +743,8 @@ class WorldModel(nn.Module):
         d, _ = self.sequence(z.flatten(-2), batch.action, first=batch.first)
         reconstruction = self.reconstruction_error(z.flatten(-2), batch.frame)
         # the prior of z_t comes from d_{t-1}
-        log_prior, log_later = self.log_prior(d[:, :-1]), log_post[:, 1:]
+        log_later = log_post[:, 1:]
+        log_prior = self.log_prior(d[:, :-1], z[:, 1:].detach())
         forward = kl_divergence(log_later.detach(), log_prior)
         back = kl_divergence(log_later, log_prior.detach())
 

@@ -3476,11 +3476,68 @@ def test_backbones_train_go_on_and_are_evaluated(name, no_pictures, capsys):
     assert "does not fit" in capsys.readouterr().err
 
 
+import agreeing_dice  # noqa: E402
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [1, 3])
+def test_dice_that_agree_fall_as_the_chain_rule_says(groups):
+    model = scrambled(agreeing_dice.Agreeing(groups, small(), ACTIONS), 0.5).eval()
+    d = torch.randn(small().d_model)
+    every = torch.cartesian_prod(*[torch.arange(C)] * K)  # all throws, (C^K, K)
+    z = F.one_hot(every, C).float()
+    joint = (model.log_prior(d.expand(len(z), -1), z) * z).sum((-2, -1)).exp()
+    close(joint.sum(), 1)
+    fell = model.log_prior(d.expand(60_000, -1))
+    assert set(fell.exp().flatten().unique().tolist()) <= {0.0, fell.exp().min().item(), 1.0}
+    thrown = drama.draw_one_hot(fell).argmax(-1)
+    counts = (thrown * torch.tensor([C * C, C, 1])).sum(-1).bincount(minlength=C**K)
+    often = joint * len(thrown) > 6
+    assert often.sum() > 30 and chi_square(counts[often], joint[often] / joint[often].sum()) < 4
+    assert abs(counts[~often].sum() / len(thrown) - joint[~often].sum()) < 0.01
+    apart = torch.stack([joint.new_zeros(C).index_add(0, die, joint) for die in every.T])
+    product = apart.gather(1, every.T).prod(0)  # what dice that fall apart would have
+    assert torch.allclose(product, joint, atol=1e-6) == (groups == 1)
+
+
+def test_a_die_knows_the_groups_before_it_and_no_gradient_reaches_the_frame_ahead():
+    model = scrambled(agreeing_dice.Agreeing(3, small(), ACTIONS))
+    z = torch.zeros(2, K, C).index_fill(-1, torch.tensor([1]), 1.0)
+    for die in range(K):
+        other = z.clone()
+        other[:, die] = other[:, die].roll(1, -1)
+        d = torch.randn(2, small().d_model)
+        told = (model.log_prior(d, other) != model.log_prior(d, z)).any(-1).all(0)
+        assert told.tolist() == [k > die for k in range(K)]
+    batch, kept = make_batch((), ()), []
+    model.log_prior = lambda d, z: kept.append(z) or agreeing_dice.Agreeing.log_prior(model, d, z)
+    losses = model.loss(batch)[0]
+    assert kept[0].shape == (b, l - 1, K, C) and not kept[0].requires_grad
+    losses["dynamics"].sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.prior.parameters() if p.ndim > 1)
+
+
+@pytest.mark.slow
+def test_dice_that_agree_train_go_on_and_are_evaluated(no_pictures, capsys):
+    line = "--groups 2 --game GridWorld --preset tiny --device cpu --precision bfloat16 --steps "
+    for steps in (80, 130):
+        assert agreeing_dice.main(f"{line} {steps}".split()) == 0
+    assert "from step 80 to 130" in capsys.readouterr().out and drama.WorldModel is WorldModel
+    out = Path("runs/GridWorld-0-agreeing")
+    assert np.isfinite([float(row["kl"]) for row in read_csv(out / "metrics.csv")]).all()
+    assert agreeing_dice.main("--groups 2 --game GridWorld --eval 1 --device cpu".split()) == 0
+    assert "1 episodes: mean" in capsys.readouterr().out
+    assert agreeing_dice.main("--game GridWorld --eval 1 --device cpu".split()) == 2
+    assert "do not fit" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("script, line, words", [
     (backbones, "--backbone lstm", "invalid choice: 'lstm'"),
     (backbones, "--game pong", "try Pong"),
     (backbones, "--backbone gru --batch-size x", "--batch-size"),
     (backbones, "--d_model 1 --headdim 1 --expand 1 --game GridWorld", "parameters"),
+    (agreeing_dice, "--groups 5", "--groups 5: must divide --categoricals, 32"),
+    (agreeing_dice, "--groups two", "--groups"),
     (long_sequence, "--out here --lengths 27", "--lengths 27: must be 26 times 2 or more"),
     (long_sequence, "--out here --width 7", "--width must be even"),
     (long_sequence, "--out nowhere/here", "nowhere"),

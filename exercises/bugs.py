@@ -51,7 +51,7 @@ CATALOGUE = (
         "weighs by p", "weighed by the wrong distribution"),
     Bug("free_bits", "kl.clamp(min=threshold)", "(kl - threshold).clamp(min=0)", 3,
         "not taken off", "the threshold is taken off"),
-    Bug("WorldModel.loss", "self.log_prior(d[:, :-1])", "self.log_prior(d[:, 1:])", 3,
+    Bug("WorldModel.loss", "self.log_prior(d[:, :-1],", "self.log_prior(d[:, 1:],", 3,
         "comes from d_{t-1}", "the prior sees the frame that it foretells"),
     Bug("WorldModel.loss", "F.pad(kl * ~batch.first[:, 1:], (1, 0))",
         "F.pad(kl, (1, 0))", 3,
