@@ -717,7 +717,8 @@ class WorldModel(nn.Module):
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def log_prior(self, d: Tensor, z: Tensor | None = None) -> Tensor:
-        """d_t (..., d_model) -> log P(z_{t+1} | d_t), the prior, (..., K, C); z_{t+1} is unused."""
+        """d_t (..., d_model) -> log P(z_{t+1} | d_t), the prior, (..., K, C). Only dice that
+        depend on one another need z_{t+1} (..., K, C), as in experiments/agreeing_dice.py."""
         return self._categoricals(self.prior(d))
 
     def reconstruction_error(self, z: Tensor, frame: Tensor) -> Tensor:
@@ -743,8 +744,7 @@ class WorldModel(nn.Module):
         d, _ = self.sequence(z.flatten(-2), batch.action, first=batch.first)
         reconstruction = self.reconstruction_error(z.flatten(-2), batch.frame)
         # the prior of z_t comes from d_{t-1}
-        log_later = log_post[:, 1:]
-        log_prior = self.log_prior(d[:, :-1], z[:, 1:].detach())
+        log_prior, log_later = self.log_prior(d[:, :-1], z[:, 1:].detach()), log_post[:, 1:]
         forward = kl_divergence(log_later.detach(), log_prior)
         back = kl_divergence(log_later, log_prior.detach())
 

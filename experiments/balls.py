@@ -11,7 +11,7 @@ steps on: along the real actions, along those of another such moment, and by the
 - returned: the ball comes near the agent, and then flies to the left;
 - gone: from the ninth step on most frames have no ball. In play it is always somewhere, but for
   the moments between a point and the next serve;
-- or none of these.
+- or none of these: in play, still near the agent at the last step.
 A line tells the shares in play, then those in dreams, by what became of the ball in play.
 """
 
@@ -97,7 +97,7 @@ def shares(fates) -> str:
 @torch.no_grad()
 def look(cfg, model, agent, replay, begin: int, dreams: int) -> None:
     """Find the balls from row `begin` on, dream, print."""
-    model.cfg = cfg = dataclasses.replace(cfg, horizon=STEPS)
+    model.cfg = cfg = dataclasses.replace(cfg, horizon=STEPS)  # it dreams by its own settings
     frames = replay.frame[begin:replay.size].split(512)
     x = np.concatenate([find(some.permute(0, 3, 1, 2).float() / 255) for some in frames])
     reward, first = replay.reward[begin:].numpy(), replay.first[begin:].numpy()
