@@ -109,6 +109,7 @@ class Config:
     cnn_width: int = opt(16, "channels of the first convolution, times 1, 2, 3, 4, 4", 1, 512)
     cnn_kernel: int = opt(5, "taps of a convolution each way", choices=(3, 5, 7))
     first_stride: int = opt(1, "stride of the first convolution; the others have 2", 1, 4)
+    prior_groups: int = opt(1, "groups of dice that the prior throws one after another", 1, 256)
     unimix: float = opt(0.01, "share of the uniform distribution in every categorical", 0.0, 0.5)
     # sequence model and heads
     d_model: int = opt(512, "width of the sequence model", 1, 8192)
@@ -190,11 +191,10 @@ PRESETS = {
         headdim=8, d_state=4, chunk_size=4, head_units=16, bins=41, batch_size=3, batch_length=10,
         warmup=40, train_every=8, dreams=7, context=4, horizon=5, stored_latents=True,
         mean_frame=True, actor_units=16, critic_units=16, hidden_layers=1, lr_warmup=10,
-        log_every=20, picture_steps=12),
+        log_every=20, picture_steps=12, prior_groups=2),
 }
 
 # ---- 2 Environments -----------------------------------------------------------------------------
-
 def make_env(game: str, num_envs: int, image_size: int) -> vector.VectorEnv:
     """A vector environment: frames (n, 1, H, W, 3) uint8, rewards (n,), ends (n,).
     Atari follows [6]: frame skip 4, maximum of the last two frames, no sticky actions, the minimal
@@ -228,8 +228,7 @@ def dfs_sequence_logits(trained: Tensor, temperature: float) -> Tensor:
 
 
 def dfs_dream_logits(trained: Tensor, dreamt: Tensor, s: float, temperature: float) -> Tensor:
-    """Logits of P(i) = softmax(min(0, v_i - b_i / s) / temperature) [1]. s, dreams for each
-    training window, brings b to the scale of v."""
+    """Logits of P(i) = softmax(min(0, v_i - b_i / s) / temperature) [1]; s: dreams a window."""
     return (trained - dreamt / s).clamp(max=0) / temperature
 
 
@@ -301,9 +300,8 @@ class Replay:
 
     def draw_contexts(self) -> Tensor:
         """Rows (dreams, context) to dream from; no start twice; each start is counted."""
-        dreams_per_window = self.cfg.dreams / self.cfg.batch_size
         rows = self._draw(self.cfg.dreams, self.cfg.context, dfs_dream_logits(
-            self.trained, self.dreamt, dreams_per_window, self.cfg.temperature))
+            self.trained, self.dreamt, self.cfg.dreams / self.cfg.batch_size, self.cfg.temperature))
         self.dreamt[rows[:, 0]] += 1
         return rows
 
@@ -325,7 +323,6 @@ class Replay:
 
 
 # ---- 4 Small maths ------------------------------------------------------------------------------
-
 def symlog(x: Tensor) -> Tensor:
     """sign(x) ln(1 + |x|) [4]: one scale for rewards of 1 and of 10,000."""
     return x.sign() * x.abs().log1p()
@@ -400,8 +397,7 @@ def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lam:
     reward, end (b, H); value (b, H+1) -> (b, H), for dreams of H steps. lam = 0 is the one-step
     target r + gamma V; lam = 1 sums the whole dream and trusts the critic at its end alone.
     Example: r = (1, 1), e = 0, V = (9, 2, 4), gamma = lam = 0.5: R_1 = 3, R_0 = 1 + 0.5 (1 + 1.5).
-    NOTE(1): the published code has V_t for V_{t+1}. With lam = 0 that is r_t + gamma V_t: what the
-    critic says of the next state does not pay the action that led there."""
+    NOTE(1): the published code has V_t for V_{t+1}: at lam = 0 no action is paid for its sequel."""
     R, returns = value[:, -1], []
     for t in reversed(range(reward.shape[1])):
         R = reward[:, t] + gamma * (1 - end[:, t]) * ((1 - lam) * value[:, t + 1] + lam * R)
@@ -682,7 +678,7 @@ def clear(states: list, where: Tensor) -> list:
 #     prior in `representation`    its own way is `dynamics`
 #     all of `imagine`             the policy learns by REINFORCE; dreams must not learn to please
 #     the critic's value           a target and a baseline stand still while actor and critic move
-#     the slow critic              only averages the critic
+#     z as the prior reads it      the dice that a die is given are no reason to encode otherwise
 #
 # All five losses train the encoder: `dynamics` only by way of d, so only at earlier frames.
 
@@ -695,10 +691,12 @@ class WorldModel(nn.Module):
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
         self.posterior = nn.Linear(cfg.cnn[-1][0] * CNN_MAP**2, cfg.d_z)
         self.sequence = SequenceModel(cfg, num_actions)
-        self.prior = nn.Linear(cfg.d_model, cfg.d_z)
+        d, units, part = cfg.d_model, cfg.head_units, cfg.d_z // cfg.prior_groups
+        self.prior = mlp(d, units, 1, part) if cfg.prior_groups > 1 else nn.Linear(d, part)
+        self.later = nn.ModuleList(mlp(d + i * part, units, 1, part)  # groups after the first
+                                   for i in range(1, cfg.prior_groups))
         # NOTE(4): reward head and critic start at zero, as in [4]: no reward is dreamt up
-        self.reward = mlp(cfg.d_model, cfg.head_units, 1, cfg.bins, zero=True)
-        self.termination = mlp(cfg.d_model, cfg.head_units, 1, 1)
+        self.reward, self.termination = mlp(d, units, 1, cfg.bins, zero=True), mlp(d, units, 1, 1)
         self.two_hot = TwoHot(cfg.bins, cfg.bin_limit)
         self.weights = dict(reconstruction=1.0, reward=1.0, termination=1.0, dynamics=1.0,
                             representation=cfg.representation_scale)
@@ -716,16 +714,26 @@ class WorldModel(nn.Module):
         """z (..., K*C) -> frames (..., 3, H, W) in 0..1."""
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
-    def log_prior(self, d: Tensor, z: Tensor | None = None) -> Tensor:
-        """d_t (..., d_model) -> log P(z_{t+1} | d_t), the prior, (..., K, C). Only dice that
-        depend on one another need z_{t+1} (..., K, C), as in experiments/agreeing_dice.py."""
-        return self._categoricals(self.prior(d))
+    def log_prior(self, d: Tensor, z: Tensor) -> Tensor:
+        """d_t (..., d_model), z_{t+1} (..., K*C) -> log P(z_{t+1} | d_t), the prior, (..., K, C).
+        NOTE(13): a die is given the dice of the groups before its own. If all fell apart, some
+        would tell of a hit and some of a miss, and no ball be drawn. The KL is a sum as before."""
+        part, nets = self.cfg.d_z // self.cfg.prior_groups, (self.prior, *self.later)
+        flat = [net(torch.cat([d, z[..., :i * part]], -1)) for i, net in enumerate(nets)]
+        return self._categoricals(torch.cat(flat, -1))
+
+    def guess(self, d: Tensor) -> Tensor:
+        """d_t (..., d_model) -> z_{t+1} (..., K*C), thrown by the prior, group after group."""
+        z = d[..., :0]
+        for net in (self.prior, *self.later):
+            thrown = draw_one_hot(self._categoricals(net(torch.cat([d, z], -1))))
+            z = torch.cat([z, thrown.flatten(-2)], -1)
+        return z
 
     def reconstruction_error(self, z: Tensor, frame: Tensor) -> Tensor:
         """z (b, l, K*C), frame (b, l, H, W, 3) -> squared error summed over a frame, (b, l).
         NOTE(5): decoding is most of the cost, so a random part of the frames is decoded, and scaled
-        up; the others' error is 0. Pixels that changed since the frame before weigh more, at the
-        cost of the rest: Pong's ball has two of 4,096, and was long in coming without that."""
+        up; the others' error is 0. Changed pixels weigh more: Pong's ball has two of 4,096."""
         n = z.shape[0] * z.shape[1]
         count = max(1, round(n * self.cfg.decoded))
         drawn = torch.rand(n, device=z.device).topk(count).indices  # `count` frames, none twice
@@ -743,8 +751,8 @@ class WorldModel(nn.Module):
         z = straight_through(log_post)  # (b, l, K, C)
         d, _ = self.sequence(z.flatten(-2), batch.action, first=batch.first)
         reconstruction = self.reconstruction_error(z.flatten(-2), batch.frame)
-        # the prior of z_t comes from d_{t-1}
-        log_prior, log_later = self.log_prior(d[:, :-1], z[:, 1:].detach()), log_post[:, 1:]
+        log_prior = self.log_prior(d[:, :-1], z[:, 1:].detach().flatten(-2))  # of z_t by d_{t-1}
+        log_later = log_post[:, 1:]
         forward = kl_divergence(log_later.detach(), log_prior)
         back = kl_divergence(log_later, log_prior.detach())
 
@@ -771,8 +779,7 @@ class WorldModel(nn.Module):
             log_pi = actor(features[-1]).float().log_softmax(-1)
             actions.append(draw_one_hot(log_pi).argmax(-1))
             d, states = self.sequence(z, actions[-1], states)
-            # no frame here: the guess takes the encoder's place. This is the dream
-            z = draw_one_hot(self.log_prior(d)).flatten(-2)
+            z = self.guess(d)  # no frame: the guess takes the encoder's place. This is the dream
             ds.append(d)
             features.append(torch.cat([z, d], -1))
         d = torch.stack(ds, 1)  # (b, H, d_model)
@@ -782,9 +789,7 @@ class WorldModel(nn.Module):
 
 
 class Dream(NamedTuple):
-    """Imagined futures of H steps.
-    The feature is [z_t, d_{t-1}], the new and the past. d_t has a_t in it, still to be chosen."""
-
+    """Imagined futures of H steps. Feature: [z_t, d_{t-1}]; d_t has a_t in it, yet to be chosen."""
     feature: Tensor  # (b, H+1, d_feature)
     action: Tensor  # (b, H)
     reward: Tensor  # (b, H): follows the action, as in the replay
@@ -823,9 +828,8 @@ def follow(slow: nn.Module, fast: nn.Module, share: float) -> None:
 # ---- 8 Actor-critic -----------------------------------------------------------------------------
 # The critic foretells the return of a moment: by cross-entropy it learns the lambda-returns R_t of
 # dreams. The actor learns by REINFORCE: what was followed by a better return than the critic
-# expected becomes likelier, a worse one less likely. A drawn action has no gradient. One could be
-# passed straight through, as for z, but dreams are made without gradients (section 7).
-# But grad sum_a pi(a) R(a) = sum_a pi(a) R(a) grad log pi(a), the mean of R grad log pi over draws:
+# expected becomes likelier, a worse one less likely. A drawn action has no gradient, but
+# grad sum_a pi(a) R(a) = sum_a pi(a) R(a) grad log pi(a), the mean of R grad log pi over draws:
 #
 #     loss = -log pi(a_t) * (R_t - V_t) / scale - entropy weight * entropy
 #
@@ -910,7 +914,6 @@ class Player:
 
 
 # ---- 9 train ------------------------------------------------------------------------------------
-
 def train(cfg: Config, run: Run) -> int:
     """Train up to cfg.steps, on from the run's checkpoint if it has one -> exit code."""
     device, at = run.device, Progress()
@@ -954,7 +957,6 @@ def train(cfg: Config, run: Run) -> int:
 
 # ==== The program: runs that resume, pictures, refusals. Skip on first reading ===================
 # ---- 10 Optimisers ------------------------------------------------------------------------------
-
 class Learner:
     """An optimiser with clipping and a schedule; it refuses numbers that are not finite."""
 
@@ -1013,7 +1015,6 @@ def make_learners(cfg: Config, model: WorldModel, agent: ActorCritic) -> tuple[L
 
 
 # ---- 11 The run folder --------------------------------------------------------------------------
-
 # settings that may change when a run goes on. One added later must default to what was done before
 ANYTIME = set("steps device out eval eval_envs checkpoint compile save_every draw_every".split())
 METRICS = ("reconstruction reward termination dynamics representation gradient_norm kl "
@@ -1065,7 +1066,6 @@ def load_checkpoint(path: Path, device: torch.device, settings: dict) -> dict:
 @dataclass
 class Progress:
     """Where a run stands; a checkpoint keeps it."""
-
     step: int = 0  # environment steps
     seconds: float = 0.0  # spent on them, over all sittings
     episode: int = 0  # episodes finished
@@ -1239,7 +1239,6 @@ class Run(contextlib.ExitStack):
 
 
 # ---- 12 Command line ----------------------------------------------------------------------------
-
 def rom_name(game: str) -> str:
     """ALE's name of a game, MsPacman -> ms_pacman; Refusal if it has none."""
     roms = {rom.title().replace("_", ""): rom for rom in ale_py.roms.get_all_rom_ids()}
@@ -1260,6 +1259,8 @@ def validate(cfg: Config) -> Config:
         raise Refusal(f"--image-size {cfg.image_size}: over --first-stride must be 4, 8, .. or 64")
     if cfg.expand * cfg.d_model % cfg.headdim:
         raise Refusal(f"--headdim {cfg.headdim}: does not divide --expand times --d-model")
+    if cfg.categoricals % cfg.prior_groups:
+        raise Refusal(f"--prior-groups {cfg.prior_groups}: must divide --categoricals")
     if cfg.warmup < max(cfg.batch_size + cfg.batch_length, cfg.context):
         raise Refusal(f"--warmup {cfg.warmup}: under --context or --batch-size + --batch-length")
     if cfg.game != "GridWorld":
@@ -1339,9 +1340,8 @@ def evaluate(cfg: Config, given: set[str], run: Run) -> int:
             or "nothing published to compare with")
     if not cfg.checkpoint:
         with guard("evaluation.json"):
-            (run.dir / "evaluation.json").write_text(json.dumps(dict(
-                game=cfg.game, seed=cfg.seed, step=step, episodes=cfg.eval, mean=mean,
-                scores=scores), indent=1))
+            (run.dir / "evaluation.json").write_text(json.dumps(dict(game=cfg.game, seed=cfg.seed,
+                step=step, episodes=cfg.eval, mean=mean, scores=scores), indent=1))
     return 0
 
 

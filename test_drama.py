@@ -73,7 +73,7 @@ def small(**changes):
     return dataclasses.replace(drama.parse(["--preset", "tiny"])[0], **{**dict(
         game="GridWorld", cnn_width=3, categoricals=K, classes=C, d_model=14, headdim=7, d_state=6,
         head_units=9, bins=21, batch_size=b, batch_length=l, horizon=6, actor_units=10, dropout=0.0,
-        critic_units=12, lr_warmup=1), **changes})
+        critic_units=12, lr_warmup=1, prior_groups=K), **changes})
 
 
 def scrambled(module, size=0.3):
@@ -789,15 +789,18 @@ def test_a_run_starts_at_the_mean_frame_of_its_random_steps(no_pictures, tmp_pat
 
 
 @torch.no_grad()
-def test_world_model_losses_against_numpy(model):
-    model.cfg, batch = small(free_bits=5.0), make_batch((0, 4), (7,))
+@pytest.mark.parametrize("groups", [1, K])
+def test_world_model_losses_against_numpy(groups):
+    cfg, batch = small(free_bits=5.0, prior_groups=groups), make_batch((0, 4), (7,))
+    model = scrambled(WorldModel(cfg, ACTIONS))
     losses, z, kl = model.loss(batch)
     assert model.weights == dict.fromkeys(losses, 1) | {"representation": 0.1}
     assert all(x.shape == (b, l) for x in [*losses.values(), kl]) and z.shape == (b, l, K, C)
     d, _ = model.sequence(z.flatten(-2), batch.action, first=batch.first)
     frame, code = model.decode(z.flatten(-2)).numpy(), model.two_hot.encode(batch.reward).numpy()
     end = 1 / (1 + np.exp(-model.termination(d)[..., 0].numpy()))
-    post, prior = model.encode(batch.frame).numpy(), model.log_prior(d).numpy()
+    post, ahead = model.encode(batch.frame).numpy(), z.flatten(-2).roll(-1, 1)
+    prior = model.log_prior(d, ahead).numpy()
     known = ~batch.first.numpy()
     known[:, 0] = False  # nothing before it in the window
     foretold = np.roll(prior, 1, axis=1)  # z_t is foretold by d_{t-1}
@@ -920,10 +923,11 @@ def test_stop_gradients_of_the_world_model(model):
     [by_representation] = torch.autograd.grad(representation.sum(), posts, retain_graph=True)
     # the last latent is but a target of the prior; the earlier ones are its input too
     assert not by_dynamics[:, -1].any() and by_dynamics[:, :-1].any()
-    assert reaches(dynamics, model.prior) and reaches(dynamics, model.sequence)
+    for learns in (model.prior, *model.later, model.sequence):
+        assert reaches(dynamics, learns)
     assert not by_representation[:, 0].any() and by_representation[:, 1:].all()
     assert reaches(representation, model.encoder) and not reaches(representation, model.prior)
-    assert not reaches(representation, model.sequence)
+    assert not reaches(representation, model.later) and not reaches(representation, model.sequence)
     for name in ("reconstruction", "reward", "termination"):  # through the straight-through sample
         assert reaches(losses[name], model.encoder), name
     model.cfg = small(free_bits=1e3)
@@ -945,7 +949,8 @@ def test_world_model_overfits_a_batch():
 @torch.no_grad()
 def test_imagination_step_by_step(model, agent):
     n, k, h = 7, 4, 6
-    model.prior.weight *= 300  # latents nearly certain, so that they show the prior they came from
+    for net in (model.prior, *model.later):  # latents nearly certain: they show their prior
+        net[-1].weight *= 300
     agent.actor[-1].weight *= 3
     z = F.one_hot(torch.randint(0, C, (n, k, K)), C).flatten(-2).float()
     action, first = torch.randint(0, ACTIONS, (n, k)), torch.zeros(n, k, dtype=torch.bool)
@@ -962,7 +967,7 @@ def test_imagination_step_by_step(model, agent):
     want = want[:, k - 1:-1]
     close(dream.reward, model.two_hot.mean(model.reward(want)), rtol=1e-2)
     close(dream.end, model.termination(want)[..., 0].sigmoid())
-    foretold = model.log_prior(want).argmax(-1)
+    foretold = model.log_prior(want, dreamt[:, 1:]).argmax(-1)
     assert (one_hot(foretold) == dreamt[:, 1:]).float().mean() > 0.95
     assert foretold.unique().numel() > 2
     # the recorded action of the last context frame is not used
@@ -984,6 +989,41 @@ def test_dreams_follow_the_actor_and_leave_no_gradient_in_the_world_model(model,
     sum(loss.sum() for loss in agent.loss(dream)[0].values()).backward()
     assert all(p.grad is None for p in [*model.parameters(), *agent.slow_critic.parameters()])
     assert all(p.grad is not None for p in [*agent.actor.parameters(), *agent.critic.parameters()])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [1, K])
+def test_the_dice_of_a_guess_fall_as_the_chain_rule_says(groups):
+    model = scrambled(WorldModel(small(prior_groups=groups), ACTIONS), 0.5)
+    d = torch.randn(small().d_model)
+    every = torch.cartesian_prod(*[torch.arange(C)] * K)  # all throws, (C^K, K)
+    z = one_hot(every)
+    joint = (model.log_prior(d.expand(len(z), -1), z).flatten(-2) * z).sum(-1).exp()
+    close(joint.sum(), 1)
+    thrown = model.guess(d.expand(60_000, -1)).unflatten(-1, (K, C)).argmax(-1)
+    counts = (thrown * torch.tensor([C * C, C, 1])).sum(-1).bincount(minlength=C**K)
+    often = joint * len(thrown) > 6
+    assert often.sum() > 30 and chi_square(counts[often], joint[often] / joint[often].sum()) < 4
+    assert abs(counts[~often].sum() / len(thrown) - joint[~often].sum()) < 0.01
+    apart = torch.stack([joint.new_zeros(C).index_add(0, die, joint) for die in every.T])
+    product = apart.gather(1, every.T).prod(0)  # what dice that fall apart would have
+    assert torch.allclose(product, joint, atol=1e-6) == (groups == 1)
+
+
+def test_a_die_knows_the_groups_before_it_and_no_gradient_reaches_the_frame_ahead(model):
+    z, d = one_hot(torch.ones(2, K)), torch.randn(2, small().d_model)
+    for die in range(K):
+        classes = torch.ones(2, K)
+        classes[:, die] = 0
+        told = (model.log_prior(d, one_hot(classes)) != model.log_prior(d, z)).any(-1).all(0)
+        assert told.tolist() == [k > die for k in range(K)]
+    kept, log_prior = [], model.log_prior
+    model.log_prior = lambda d, z: kept.append(z) or log_prior(d, z)
+    losses = model.loss(make_batch((), ()))[0]
+    assert kept[0].shape == (b, l - 1, K * C) and not kept[0].requires_grad
+    losses["dynamics"].sum().backward()
+    learnt = [*model.prior.parameters(), *model.later.parameters()]
+    assert all(p.grad.abs().sum() > 0 for p in learnt if p.ndim > 1)
 
 
 def test_weight_decay_reaches_matrices_and_kernels_alone(model, agent):
@@ -1651,8 +1691,9 @@ def test_every_flag_works_or_is_refused(f, capsys):
     "--unimix 0 --gamma 0 --lam 0 --batch_size 1 --dreams 1 --free_bits 0 --temperature 0.001",
     "--gamma 1 --lam 1 --sampler uniform --stored_latents false --precision bfloat16 --dropout 0",
     "--chunk_size 1 --bins 3 --slow_decay 0 --return_decay 1 --return_floor 0.001 --batch_length 2",
-    "--image_size 12 --first_stride 3 --categoricals 1 --classes 2 --temperature 1e9 --d_state 1",
-    "--dreams 500 --batch_size 30 --horizon 17 --chunk_size 99 --expand 1 --headdim 1"])
+    "--image_size 12 --first_stride 3 --categoricals 1 --classes 2 --prior_groups 1 --d_state 1",
+    "--dreams 500 --batch_size 30 --horizon 17 --chunk_size 99 --expand 1 --headdim 1 "
+    "--temperature 1e9"])
 def test_edge_values_run(flags):
     assert go(flags, steps=56) == 0
     assert load()["model_learner"]["schedule"]["last_epoch"] == 3 and finite()
@@ -1744,7 +1785,7 @@ def test_what_is_exported_is_the_same_agent_in_half_the_bytes(capsys):
     cpu = torch.device("cpu")
     its_model, its_agent = drama.rebuild(drama.load_checkpoint(Path("Grid.pt"), cpu, {}), cfg,
                                             cpu)
-    assert its_model.prior.weight.dtype == torch.float32 and not its_model.training
+    assert its_model.posterior.weight.dtype == torch.float32 and not its_model.training
     feature = torch.randn(6, cfg.d_z + cfg.d_model)
     close(its_agent.actor(feature).detach(), agent.actor(feature).detach(), atol=0.02)
     close(its_agent.slow_critic(feature).detach(), its_agent.critic(feature).detach(), atol=0)
@@ -1815,14 +1856,14 @@ def test_game_and_dream_take_one_action_and_their_states_are_the_scans(stage):
         d, _ = model.sequence(z[:1], action[None], first=torch.tensor([opens[:-1]]))
         close(stage.d[0], d[0, -1])
         posterior, prior = model.encode(torch.from_numpy(np.array(frames[-1])[None])), \
-            model.log_prior(d[:, -1])
+            model.log_prior(d[:, -1], stage.z[:1])
         kl = (posterior.exp() * (posterior - prior)).sum()
         close(stage.surprise, kl)
         # the dream: what the game had seen by step 20, then its own draws, and no reset at 64
         past = torch.cat([z[:1, :20], z[1:, 20:]], 1)
         d, _ = model.sequence(past, action[None], first=torch.tensor([opens[:1] + [False] * 74]))
         close(stage.d[1], d[0, -1])
-        close(stage.logp[1], model.log_prior(d[0, -1]))
+        close(stage.logp[1], model.log_prior(d[0, -1], stage.z[1]))
         close(stage.reward[1], model.two_hot.mean(model.reward(d[0, -1])))
     assert stage.dreamt == 55 and stage.ended is None and abs(stage.end[1]) < 1e-6
 
@@ -3476,68 +3517,11 @@ def test_backbones_train_go_on_and_are_evaluated(name, no_pictures, capsys):
     assert "does not fit" in capsys.readouterr().err
 
 
-import agreeing_dice  # noqa: E402
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("groups", [1, 3])
-def test_dice_that_agree_fall_as_the_chain_rule_says(groups):
-    model = scrambled(agreeing_dice.Agreeing(groups, small(), ACTIONS), 0.5).eval()
-    d = torch.randn(small().d_model)
-    every = torch.cartesian_prod(*[torch.arange(C)] * K)  # all throws, (C^K, K)
-    z = F.one_hot(every, C).float()
-    joint = (model.log_prior(d.expand(len(z), -1), z) * z).sum((-2, -1)).exp()
-    close(joint.sum(), 1)
-    fell = model.log_prior(d.expand(60_000, -1))
-    assert set(fell.exp().flatten().unique().tolist()) <= {0.0, fell.exp().min().item(), 1.0}
-    thrown = drama.draw_one_hot(fell).argmax(-1)
-    counts = (thrown * torch.tensor([C * C, C, 1])).sum(-1).bincount(minlength=C**K)
-    often = joint * len(thrown) > 6
-    assert often.sum() > 30 and chi_square(counts[often], joint[often] / joint[often].sum()) < 4
-    assert abs(counts[~often].sum() / len(thrown) - joint[~often].sum()) < 0.01
-    apart = torch.stack([joint.new_zeros(C).index_add(0, die, joint) for die in every.T])
-    product = apart.gather(1, every.T).prod(0)  # what dice that fall apart would have
-    assert torch.allclose(product, joint, atol=1e-6) == (groups == 1)
-
-
-def test_a_die_knows_the_groups_before_it_and_no_gradient_reaches_the_frame_ahead():
-    model = scrambled(agreeing_dice.Agreeing(3, small(), ACTIONS))
-    z = torch.zeros(2, K, C).index_fill(-1, torch.tensor([1]), 1.0)
-    for die in range(K):
-        other = z.clone()
-        other[:, die] = other[:, die].roll(1, -1)
-        d = torch.randn(2, small().d_model)
-        told = (model.log_prior(d, other) != model.log_prior(d, z)).any(-1).all(0)
-        assert told.tolist() == [k > die for k in range(K)]
-    batch, kept = make_batch((), ()), []
-    model.log_prior = lambda d, z: kept.append(z) or agreeing_dice.Agreeing.log_prior(model, d, z)
-    losses = model.loss(batch)[0]
-    assert kept[0].shape == (b, l - 1, K, C) and not kept[0].requires_grad
-    losses["dynamics"].sum().backward()
-    assert all(p.grad.abs().sum() > 0 for p in model.prior.parameters() if p.ndim > 1)
-
-
-@pytest.mark.slow
-def test_dice_that_agree_train_go_on_and_are_evaluated(no_pictures, capsys):
-    line = "--groups 2 --game GridWorld --preset tiny --device cpu --precision bfloat16 --steps "
-    for steps in (80, 130):
-        assert agreeing_dice.main(f"{line} {steps}".split()) == 0
-    assert "from step 80 to 130" in capsys.readouterr().out and drama.WorldModel is WorldModel
-    out = Path("runs/GridWorld-0-agreeing")
-    assert np.isfinite([float(row["kl"]) for row in read_csv(out / "metrics.csv")]).all()
-    assert agreeing_dice.main("--groups 2 --game GridWorld --eval 1 --device cpu".split()) == 0
-    assert "1 episodes: mean" in capsys.readouterr().out
-    assert agreeing_dice.main("--game GridWorld --eval 1 --device cpu".split()) == 2
-    assert "do not fit" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("script, line, words", [
     (backbones, "--backbone lstm", "invalid choice: 'lstm'"),
     (backbones, "--game pong", "try Pong"),
     (backbones, "--backbone gru --batch-size x", "--batch-size"),
     (backbones, "--d_model 1 --headdim 1 --expand 1 --game GridWorld", "parameters"),
-    (agreeing_dice, "--groups 5", "--groups 5: must divide --categoricals, 32"),
-    (agreeing_dice, "--groups two", "--groups"),
     (long_sequence, "--out here --lengths 27", "--lengths 27: must be 26 times 2 or more"),
     (long_sequence, "--out here --width 7", "--width must be even"),
     (long_sequence, "--out nowhere/here", "nowhere"),
@@ -3756,8 +3740,8 @@ def test_a_checkpoint_from_before_a_setting_goes_on(run, capsys):
 
 
 PARTS = ("at step", "config", "config game", "config gamma", "generators", "generators 0",
-         "pending", "pending kl", "tables", "model prior.weight", "agent scale", "agent_learner",
-         "replay action", "replay latent", "env agent", "env rng")
+         "pending", "pending kl", "tables", "model posterior.weight", "agent scale",
+         "agent_learner", "replay action", "replay latent", "env agent", "env rng")
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -3777,7 +3761,7 @@ def test_a_part_of_a_checkpoint_that_is_missing_or_another_is_a_line(part, run, 
         before = NEWEST.read_bytes()
         put(saved)
         refused(capsys, "checkpoint.pt")
-        if part in ("config gamma", "model prior.weight", "at step"):
+        if part in ("config gamma", "model posterior.weight", "at step"):
             refused(capsys, "checkpoint", flags="--eval 1")
         NEWEST.write_bytes(before)
 
@@ -3953,8 +3937,9 @@ def test_cuda_sees_and_foretells_as_the_cpu_does(model, agent):
         d, _ = there.sequence(z.to(device), batch.action.to(device), first=batch.first.to(device))
         feature = torch.cat([z.to(device), d], -1)
         told.append([x.cpu() for x in (
-            there.encode(batch.frame.to(device)), there.decode(z.to(device)), there.log_prior(d),
-            there.two_hot.mean(there.reward(d)), there.termination(d), actor(feature))])
+            there.encode(batch.frame.to(device)), there.decode(z.to(device)),
+            there.log_prior(d, z.to(device)), there.two_hot.mean(there.reward(d)),
+            there.termination(d), actor(feature))])
     for here, there in zip(*told, strict=True):
         close(here, there, rtol=1e-2, atol=2e-3)  # TF32
 

@@ -202,7 +202,7 @@ def model_losses(drama, n, log_post, action, first, free_bits):
             (grad,) = torch.autograd.grad(losses[name].sum(), leaf, retain_graph=True,
                                           allow_unused=True)
             moved[f"{name} {part}"] = None if grad is None else grad
-    return dict(losses=losses, kl=kl, log_prior=model.log_prior(d), moved=moved, d=d)
+    return dict(losses=losses, kl=kl, log_prior=model.log_prior(d, z.flatten(-2)), moved=moved, d=d)
 
 
 def dream(drama, n, z, action, first, horizon):

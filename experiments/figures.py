@@ -65,7 +65,7 @@ class Seen(NamedTuple):
     batch: drama.Batch  # (b, l)
     log_post: torch.Tensor  # (b, l, K, C): after the frame was seen
     z: torch.Tensor  # (b, l, K*C): drawn from it
-    log_prior: torch.Tensor  # (b, l-1, K, C): the guess of frames 1 to l-1
+    d: torch.Tensor  # (b, l, d_model): what foretells the frame after
     kl: torch.Tensor  # (b, l-1): the surprise at them, in nats; 0 where an episode opens
 
 
@@ -75,9 +75,9 @@ def see(run: Trained, rows: torch.Tensor) -> Seen:
     log_post = run.model.encode(batch.frame)
     z = drama.draw_one_hot(log_post).flatten(-2)
     d, _ = run.model.sequence(z, batch.action, first=batch.first)
-    log_prior = run.model.log_prior(d[:, :-1])
+    log_prior = run.model.log_prior(d[:, :-1], z[:, 1:])
     kl = drama.kl_divergence(log_post[:, 1:], log_prior) * ~batch.first[:, 1:]
-    return Seen(batch, log_post, z, log_prior, kl)
+    return Seen(batch, log_post, z, d, kl)
 
 
 def calm_rows(run: Trained, length: int, stride: int) -> torch.Tensor:
@@ -259,8 +259,8 @@ def draw_guess(run: Trained):
     places = range(t - before, t + after)
     figure, axes = pyplot.subplots(4, len(places), figsize=(10, 7.4), sharex="row",
                                    height_ratios=(1, 1, 1, 0.8))
-    guesses = torch.stack([run.model.decode(drama.draw_one_hot(
-        seen.log_prior[i].expand(64, -1, -1, -1)).flatten(-2))[:, k - 1].mean(0) for k in places])
+    guesses = torch.stack([run.model.decode(run.model.guess(
+        seen.d[i].expand(64, -1, -1)))[:, k - 1].mean(0) for k in places])
     corrected = run.model.decode(seen.z[i])
     for column, k in zip(axes.T, places):
         colour = RED if k == t else "none"
@@ -291,9 +291,9 @@ def draw_dream(run: Trained):
                                    first=first[:, :context])
     d, dreamt, surprise = d[:, -1], [], []
     for t in range(context, context + steps):
-        guess = run.model.log_prior(d)
-        surprise.append(drama.kl_divergence(seen.log_post[:, t], guess).item())
-        dreamt.append(drama.draw_one_hot(guess).flatten(-2))  # no frame: the guess takes its place
+        log_prior = run.model.log_prior(d, seen.z[:, t])
+        surprise.append(drama.kl_divergence(seen.log_post[:, t], log_prior).item())
+        dreamt.append(run.model.guess(d))  # no frame: the guess takes its place
         d, states = run.model.sequence(dreamt[-1], action[:, t], states)
     dreamt = run.model.decode(torch.stack(dreamt, 1))[0]
     shown = [k for k in (1, 2, 4, 6, 8, 12, 16, 24, 32) if k <= steps]

@@ -77,7 +77,7 @@ def draw_dreams(folder: Path, cfg, model, replay) -> None:
                                    batch.first[:, :context])
         dreamt, d = [*z[:, :context].unbind(1)], d[:, -1]
         for action in batch.action[:, context:].unbind(1):
-            dreamt.append(sampled(model.log_prior(d)).flatten(-2))
+            dreamt.append(model.guess(d))
             d, states = model.sequence(dreamt[-1], action, states)
     drawn = [model.decode(latents)[0].movedim(1, -1) for latents in (z, torch.stack(dreamt, 1))]
     film = torch.stack([batch.frame[0], *((255 * x).byte() for x in drawn)], 1)  # (l, 3, H, W, 3)

@@ -136,7 +136,6 @@ class Stage:
         """The same action in the game and in the dream."""
         self.chosen_from, both = self.log_pi, np.array([action])
         d, states = self.model.sequence(self.z, torch.tensor([action, action]), self.states)
-        prior = self.model.log_prior(d)  # (2, K, C), of the frame to come
         self.end = self.model.termination(d).squeeze(-1).sigmoid().tolist()
         frame, reward, *over = self.env.step(both)
         opens = bool(drama.episode_over(*over)[0])
@@ -144,11 +143,12 @@ class Stage:
             frame = self.env.step(both)[0]  # the step that opens the next episode
         self.frame = frame[0, 0]
         posterior = self.model.encode(torch.from_numpy(self.frame)[None])  # (1, K, C)
+        self.z = torch.cat([drama.draw_one_hot(posterior).flatten(-2), self.model.guess(d[1:])])
+        prior = self.model.log_prior(d, self.z)  # (2, K, C)
         self._wonder(None if opens else drama.kl_divergence(posterior, prior[:1]).item())
         cleared = torch.tensor([opens, False])  # of a new episode the prior knows nothing
         self.d, self.states = d.masked_fill(cleared[:, None], 0), drama.clear(states, cleared)
         self.logp = torch.cat([posterior, prior[1:]])
-        self.z = drama.draw_one_hot(self.logp).flatten(-2)
         self.steps, self.dreamt, self.action = self.steps + 1, self.dreamt + 1, action
         self.reward = [float(reward[0]), self.model.two_hot.mean(self.model.reward(d[1])).item()]
         self.sums = [total + r for total, r in zip(self.sums, self.reward)]

@@ -144,7 +144,7 @@ def dream_along(cfg, model, batch, z) -> tuple[torch.Tensor, torch.Tensor]:
                                batch.first[:, :cfg.context])
     d, ds = d[:, -1], []
     for action in batch.action[:, cfg.context:].unbind(1):
-        now = drama.draw_one_hot(model.log_prior(d)).flatten(-2)
+        now = model.guess(d)
         d, states = model.sequence(now, action, states)
         ds.append(d)
     whole = ~batch.first[:, cfg.context:].any(1)
@@ -185,7 +185,7 @@ def look(cfg, model, batch) -> dict[str, torch.Tensor]:
     model.eval()
     z = drama.draw_one_hot(model.encode(batch.frame)).flatten(-2)
     d, _ = model.sequence(z, batch.action, first=batch.first)
-    following = drama.draw_one_hot(model.log_prior(d)).flatten(-2)  # z^_{t+1} from d_t
+    following = model.guess(d)  # z^_{t+1} from d_t
     start = AHEAD - 1  # frame t of the dream is seen AHEAD steps before it
     dreamt = []
     for t in range(AHEAD, z.shape[1]):
@@ -193,7 +193,7 @@ def look(cfg, model, batch) -> dict[str, torch.Tensor]:
         out, states = model.sequence(z[:, lead], batch.action[:, lead], None, batch.first[:, lead])
         out = out[:, -1]
         for k in range(t - AHEAD + 1, t + 1):
-            drawn = drama.draw_one_hot(model.log_prior(out)).flatten(-2)
+            drawn = model.guess(out)
             out, states = model.sequence(drawn, batch.action[:, k], states)
         dreamt.append(drawn)
     real = batch.frame.permute(0, 1, 4, 2, 3).float() / 255
