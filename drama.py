@@ -109,7 +109,7 @@ class Config:
     cnn_width: int = opt(16, "channels of the first convolution, times 1, 2, 3, 4, 4", 1, 512)
     cnn_kernel: int = opt(5, "taps of a convolution each way", choices=(3, 5, 7))
     first_stride: int = opt(1, "stride of the first convolution; the others have 2", 1, 4)
-    prior_groups: int = opt(1, "groups of dice that the prior throws one after another", 1, 256)
+    prior_groups: int = opt(1, "groups of dice, thrown in turn by the prior; must divide K", 1, 256)
     unimix: float = opt(0.01, "share of the uniform distribution in every categorical", 0.0, 0.5)
     # sequence model and heads
     d_model: int = opt(512, "width of the sequence model", 1, 8192)
@@ -120,7 +120,7 @@ class Config:
     headdim: int = opt(64, "p: channels of an SSM head", 1, 1024)
     chunk_size: int = opt(32, "tokens that the scan computes in parallel", 1, 4096)
     dropout: float = opt(0.1, "dropout on each Mamba-2 layer's output", 0.0, 0.9)
-    head_units: int = opt(256, "hidden units of the reward and termination heads", 1, 8192)
+    head_units: int = opt(256, "hidden units of the heads, and of a prior in groups", 1, 8192)
     bins: int = opt(255, "two-hot bins of rewards and values", 3, 4095)
     bin_limit: float = opt(20.0, "largest symlog value in the bins", 1.0, 50.0)
     # training the world model
@@ -219,8 +219,8 @@ def episode_over(terminated: np.ndarray, truncated: np.ndarray, info: dict) -> n
 # DFS is dynamic frequency-based sampling, no graph search. Uniform draws from a growing buffer
 # train on old rows far more often than on new ones. So each row counts the windows (`trained`, v in
 # [1]) and the contexts of dreams (`dreamt`, b) that STARTED there. Train on what was trained on
-# least. Dream anywhere, but a row dreamt from more than its training has earned loses its chance:
-# early in a run that is a new row, hardly known yet; later an old one, dreamt from often.
+# least. Dream anywhere, but the further a row's dreams run ahead of its training, the rarer it
+# gets. Late in a run those are the oldest rows, dreamt from since the beginning.
 
 def dfs_sequence_logits(trained: Tensor, temperature: float) -> Tensor:
     """Logits of P(i) = softmax(-v_i / temperature) [1]."""
@@ -228,7 +228,7 @@ def dfs_sequence_logits(trained: Tensor, temperature: float) -> Tensor:
 
 
 def dfs_dream_logits(trained: Tensor, dreamt: Tensor, s: float, temperature: float) -> Tensor:
-    """Logits of P(i) = softmax(min(0, v_i - b_i / s) / temperature) [1]; s: dreams a window."""
+    """Logits of P(i) = softmax(min(0, v_i - b_i / s) / temperature) [1], s = dreams per window."""
     return (trained - dreamt / s).clamp(max=0) / temperature
 
 
@@ -270,7 +270,7 @@ class Replay:
             self.reward = torch.zeros(rows)
             self.terminated = torch.zeros(rows, dtype=torch.bool)
             self.first = torch.zeros(rows, dtype=torch.bool)
-            self.latent = torch.zeros(rows, cfg.categoricals, dtype=torch.uint8)  # classes
+            self.latent = torch.zeros(rows, cfg.categoricals, dtype=torch.uint8)  # faces
             self.trained = torch.zeros(rows, dtype=torch.int32)
             self.dreamt = torch.zeros(rows, dtype=torch.int32)
 
@@ -397,7 +397,7 @@ def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lam:
     reward, end (b, H); value (b, H+1) -> (b, H), for dreams of H steps. lam = 0 is the one-step
     target r + gamma V; lam = 1 sums the whole dream and trusts the critic at its end alone.
     Example: r = (1, 1), e = 0, V = (9, 2, 4), gamma = lam = 0.5: R_1 = 3, R_0 = 1 + 0.5 (1 + 1.5).
-    NOTE(1): the published code has V_t for V_{t+1}: at lam = 0 no action is paid for its sequel."""
+    NOTE(1): the published code has V_t for V_{t+1}: at lam = 0 no credit for what follows r_t."""
     R, returns = value[:, -1], []
     for t in reversed(range(reward.shape[1])):
         R = reward[:, t] + gamma * (1 - end[:, t]) * ((1 - lam) * value[:, t + 1] + lam * R)
@@ -671,16 +671,16 @@ def clear(states: list, where: Tensor) -> list:
 #     representation, weight 0.1   the posterior moves to the prior: encode what can be foretold,
 #                                  but not at all costs, or every frame would be encoded alike
 #
-# Where gradients stop (`.detach()` or no_grad), and why:
+# Where gradients stop, and why:
 #
 #     the sample in z              has none; `straight_through` passes on that of the probabilities
 #     posterior in `dynamics`      it must not come down to a guess that is still poor
 #     prior in `representation`    its own way is `dynamics`
 #     all of `imagine`             the policy learns by REINFORCE; dreams must not learn to please
 #     the critic's value           a target and a baseline stand still while actor and critic move
-#     z as the prior reads it      the dice that a die is given are no reason to encode otherwise
+#     dice given to later dice     or `dynamics` would move the posterior that it holds still
 #
-# All five losses train the encoder: `dynamics` only by way of d, so only at earlier frames.
+# All five of `loss` train the encoder; `dynamics` only at frames before the one foretold.
 
 class WorldModel(nn.Module):
     """Encoder, sequence model, decoder, and the heads for the next latent, reward and end."""
@@ -693,7 +693,7 @@ class WorldModel(nn.Module):
         self.sequence = SequenceModel(cfg, num_actions)
         d, units, part = cfg.d_model, cfg.head_units, cfg.d_z // cfg.prior_groups
         self.prior = mlp(d, units, 1, part) if cfg.prior_groups > 1 else nn.Linear(d, part)
-        self.later = nn.ModuleList(mlp(d + i * part, units, 1, part)  # groups after the first
+        self.later = nn.ModuleList(mlp(d + i * part, units, 1, part)  # the groups after it
                                    for i in range(1, cfg.prior_groups))
         # NOTE(4): reward head and critic start at zero, as in [4]: no reward is dreamt up
         self.reward, self.termination = mlp(d, units, 1, cfg.bins, zero=True), mlp(d, units, 1, 1)
@@ -716,15 +716,15 @@ class WorldModel(nn.Module):
 
     def log_prior(self, d: Tensor, z: Tensor) -> Tensor:
         """d_t (..., d_model), z_{t+1} (..., K*C) -> log P(z_{t+1} | d_t), the prior, (..., K, C).
-        NOTE(13): a die is given the dice of the groups before its own. If all fell apart, some
-        would tell of a hit and some of a miss, and no ball be drawn. The KL is a sum as before."""
+        NOTE(13): with groups, a die sees the groups before its own. Thrown apart, some dice may
+        tell of a hit, some of a miss: no ball is drawn. The KL is then an estimate, by one z."""
         part, nets = self.cfg.d_z // self.cfg.prior_groups, (self.prior, *self.later)
         flat = [net(torch.cat([d, z[..., :i * part]], -1)) for i, net in enumerate(nets)]
         return self._categoricals(torch.cat(flat, -1))
 
     def guess(self, d: Tensor) -> Tensor:
         """d_t (..., d_model) -> z_{t+1} (..., K*C), thrown by the prior, group after group."""
-        z = d[..., :0]
+        z = d[..., :0]  # no dice yet
         for net in (self.prior, *self.later):
             thrown = draw_one_hot(self._categoricals(net(torch.cat([d, z], -1))))
             z = torch.cat([z, thrown.flatten(-2)], -1)
@@ -752,9 +752,9 @@ class WorldModel(nn.Module):
         d, _ = self.sequence(z.flatten(-2), batch.action, first=batch.first)
         reconstruction = self.reconstruction_error(z.flatten(-2), batch.frame)
         log_prior = self.log_prior(d[:, :-1], z[:, 1:].detach().flatten(-2))  # of z_t by d_{t-1}
-        log_later = log_post[:, 1:]
-        forward = kl_divergence(log_later.detach(), log_prior)
-        back = kl_divergence(log_later, log_prior.detach())
+        log_next = log_post[:, 1:]
+        forward = kl_divergence(log_next.detach(), log_prior)
+        back = kl_divergence(log_next, log_prior.detach())
 
         def known(kl: Tensor) -> Tensor:  # 0 where a window or an episode begins
             return F.pad(kl * ~batch.first[:, 1:], (1, 0))  # (b, l-1) -> (b, l)
@@ -789,8 +789,8 @@ class WorldModel(nn.Module):
 
 
 class Dream(NamedTuple):
-    """Imagined futures of H steps. Feature: [z_t, d_{t-1}]; d_t has a_t in it, yet to be chosen."""
-    feature: Tensor  # (b, H+1, d_feature)
+    """Dreams of H steps. A feature is [z_t, d_{t-1}]: d_t needs a_t, which is yet to be chosen."""
+    feature: Tensor  # (b, H+1, K*C + d_model)
     action: Tensor  # (b, H)
     reward: Tensor  # (b, H): follows the action, as in the replay
     end: Tensor  # (b, H): probability that the action ended the game or cost a life
@@ -834,8 +834,8 @@ def follow(slow: nn.Module, fast: nn.Module, share: float) -> None:
 #     loss = -log pi(a_t) * (R_t - V_t) / scale - entropy weight * entropy
 #
 # V_t, the critic's expectation, is the baseline: it takes away luck that all actions share. The
-# rest is the advantage. The entropy is high while all actions are likely: the actor keeps trying.
-# Its weight falls to 0 with the learning rates (--lr-fall): in the end it plays what it knows.
+# rest is the advantage. Entropy is high while all actions are likely: it is rewarded, so that
+# the actor keeps trying. With --lr-fall its weight falls to 0: the actor plays what it knows.
 
 class ActorCritic(nn.Module):
     """Actor and two-hot critic on [z_t, d_{t-1}], a slow critic, a scale for the returns [4].
@@ -847,7 +847,7 @@ class ActorCritic(nn.Module):
         d_in, hidden = cfg.d_z + cfg.d_model, cfg.hidden_layers
         self.actor = mlp(d_in, cfg.actor_units, hidden, num_actions)
         self.critic = mlp(d_in, cfg.critic_units, hidden, cfg.bins, zero=True)
-        # unlike DQN's target it makes no target: a second loss holds the critic close to it
+        # unlike DQN's target it has no part in R: a second loss holds the critic close to it
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.two_hot = TwoHot(cfg.bins, cfg.bin_limit)
         self.register_buffer("scale", torch.zeros(()))  # EMA of the returns' 5-95 percentile range
@@ -859,7 +859,7 @@ class ActorCritic(nn.Module):
         value = self.two_hot.mean(value_logits).detach()
         slow_value = self.two_hot.mean(self.slow_critic(dream.feature[:, :-1]))
         R = lambda_return(dream.reward, dream.end, value, self.cfg.gamma, self.cfg.lam)
-        # NOTE(12): large returns are shrunk, small ones grow; a range under the floor may be noise
+        # NOTE(12): divided by their range, but by no less than the floor: below, it may be noise
         low, high = torch.quantile(R, R.new_tensor([0.05, 0.95]))
         self.scale.lerp_(high - low, 1 - self.cfg.return_decay)
         advantage = (R - value[:, :-1]) / self.scale.clamp(min=self.cfg.return_floor)
