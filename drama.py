@@ -179,7 +179,7 @@ PRESETS = {
         head_units=128, batch_size=8, batch_length=32, train_every=4, see_first=500, decoded=0.5,
         moving=10.0, mean_frame=True, dreams=100, stored_latents=True, critic_units=256,
         hidden_layers=2, model_lr=2e-3, actor_lr=6e-4, entropy=3e-3, lr_warmup=100, horizon=10,
-        return_floor=0.1, lr_fall=0.5, average=0.98, temperature=1.25),
+        return_floor=0.1, lr_fall=0.5, average=0.98, temperature=1.25, prior_groups=4),
     "gridworld": dict(
         steps=10_000, image_size=32, first_stride=4, cnn_kernel=3, categoricals=16, classes=16,
         d_model=128, chunk_size=16, head_units=128, batch_size=8, batch_length=32, decoded=0.5,

@@ -1245,6 +1245,7 @@ def test_commands_of_the_readme_are_understood():
     ("--gamma nan", "--gamma nan"), ("--stored_latents maybe", "--stored-latents.*maybe"),
     ("--sampler best", "dfs.*uniform"), ("--image_size 60", "--image-size 60"),
     ("--image_size 48", "--image-size 48"), ("--headdim 7", "--headdim 7"),
+    ("--prior_groups 3", "--prior-groups 3: must divide --categoricals"),
     ("--warmup 5", "--warmup 5"), ("--out file", "file"),
     ("--out file --eval 2", "file"), ("--out nothing --eval 2", "nothing"),
     ("--out empty --eval 2", "empty.*no whole checkpoint.*No such file")])
