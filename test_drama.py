@@ -2707,7 +2707,7 @@ def test_world_models_are_looked_at(world_model, run, monkeypatch, capsys):
     assert [int(re.search(r"(\d+) updates", line)[1]) for line in lines[::2]] == [1, 2, 3]
     for line in lines[1::2]:
         assert re.search(rf"positive \d+ times: mean {number}, AUC 0\.\d+; 7\d dreams of 5", line)
-    theirs = ["world_model.py", *TINY, "--categoricals", "3", "--updates", "1", "--run", str(OUT)]
+    theirs = ["world_model.py", *TINY, "--categoricals", "6", "--updates", "1", "--run", str(OUT)]
     monkeypatch.setattr(sys, "argv", theirs)
     world_model.main()
     assert re.search(r"reward head, .*; \d\d dreams of 5 steps", capsys.readouterr().out)
