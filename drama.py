@@ -124,7 +124,7 @@ class Config:
     bins: int = opt(255, "two-hot bins of rewards and values", 3, 4095)
     bin_limit: float = opt(20.0, "largest symlog value in the bins", 1.0, 50.0)
     # training the world model
-    warmup: int = opt(1032, "random steps before learning starts", 1, 10_000_000)
+    warmup: int = opt(1032, "random steps at first (in paper: dreams + context)", 1, 10_000_000)
     decoded: float = opt(1.0, "share of a batch's frames that are decoded and compared", 0.01, 1.0)
     moving: float = opt(0.0, "extra weight of pixels that changed since the last frame", 0.0, 1e6)
     free_bits: float = opt(1.0, "KL below this is not trained on, in nats", 0.0, 1000.0)

@@ -62,6 +62,8 @@ CATALOGUE = (
     Bug("WorldModel.loss", "kl_divergence(log_next, log_prior.detach())",
         "kl_divergence(log_next.detach(), log_prior)", 3,
         "representation moves the prior and not the posterior", "the wrong side is detached"),
+    Bug("WorldModel.loss", "z[:, 1:].detach().flatten(-2)", "z[:, 1:].flatten(-2)", 3,
+        "through it; is it detached?", "the prior's dice pass a gradient to the posterior"),
     Bug("lambda_return", "value[:, t + 1]", "value[:, t]", 4,
         "is V of the next state used?", "V_t for V_{t+1}, as in the published code"),
     Bug("lambda_return", "gamma * (1 - end[:, t]) *", "gamma *", 4,

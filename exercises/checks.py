@@ -369,6 +369,8 @@ def model_kl(got, log_post, first, threshold):
                                    "detached?")
         require(moved[learns], f"{name} does not move the {learns}: what is detached that should "
                                "not be?")
+    require(not got["leaks"], "log_prior was given a z that has a gradient: with dice in groups, "
+                              "dynamics would move the posterior through it; is it detached?")
 
 
 def lambda_return(student, rng):

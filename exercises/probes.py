@@ -194,7 +194,15 @@ def model_losses(drama, n, log_post, action, first, free_bits):
     frame = torch.zeros(b, l, 16, 16, 3, dtype=torch.uint8)
     batch = drama.Batch(rows=torch.zeros(b, l, dtype=torch.int64), frame=frame, action=action,
                         reward=torch.zeros(b, l), terminated=torch.zeros(b, l), first=first)
+    given, log_prior = [], model.log_prior
+
+    def listen(d, z):
+        given.append(z)
+        return log_prior(d, z)
+
+    model.log_prior = listen
     losses, z, kl = model.loss(batch)
+    leaks = any(x.requires_grad for x in given)
     d, _ = model.sequence(z.flatten(-2), action, first=first)
     moved = {}
     for name in ("dynamics", "representation"):
@@ -202,7 +210,8 @@ def model_losses(drama, n, log_post, action, first, free_bits):
             (grad,) = torch.autograd.grad(losses[name].sum(), leaf, retain_graph=True,
                                           allow_unused=True)
             moved[f"{name} {part}"] = None if grad is None else grad
-    return dict(losses=losses, kl=kl, log_prior=model.log_prior(d, z.flatten(-2)), moved=moved, d=d)
+    return dict(losses=losses, kl=kl, log_prior=log_prior(d, z.flatten(-2)), moved=moved, d=d,
+                leaks=leaks)
 
 
 def dream(drama, n, z, action, first, horizon):
