@@ -10,8 +10,8 @@
     python drama.py --game Pong --eval 20    play 20 episodes from the checkpoint
     python drama.py --help                   every setting, one line each
 
-A world model is a simulator that is learnt from play. A frame becomes a latent: K dice of C faces,
-thrown as a discrete variational autoencoder (VAE) throws them. Mamba-2, a recurrent net whose state
+A world model is a simulator that is learnt from play. A frame becomes a latent: K dice of C faces.
+They are thrown, so this is a variational autoencoder (VAE). Mamba-2, a recurrent net whose state
 changes linearly, reads latents and actions and foretells the next latent, the reward and the end.
 So it can dream: its guess takes the next frame's place. Actor and critic learn in dreams alone.
 
@@ -32,7 +32,7 @@ The loop is `train`, section 9: act, store, train the world model, dream, train 
     first                  (b, l)                1 where o_t opens an episode
     d             d_t      (b, l, d_model)       all that the past up to a_t says of what comes
     state         h_t      (b, h, p, n)          the memory of a Mamba-2 layer (section 6)
-    trained, dreamt  v, b  (rows,)               how many windows, or dreams' contexts, began there
+    trained, dreamt  v, b  (rows,)               counters: windows, or dreams' contexts, that began
 
 Sizes: b batch, l length, H W a frame (H also a dream's length), K dice, C faces, h heads of p x n.
 Sources: [1] Drama, arXiv 2410.08893v4. [2] Mamba-2 (SSD), arXiv 2405.21060. [3] Mamba, arXiv
@@ -107,7 +107,7 @@ class Config:
     # frames and latents
     image_size: int = opt(64, "height and width of a frame", 8, 256)
     cnn_width: int = opt(16, "channels of the first convolution, times 1, 2, 3, 4, 4", 1, 512)
-    cnn_kernel: int = opt(5, "taps of a convolution each way", choices=(3, 5, 7))
+    cnn_kernel: int = opt(5, "height and width of a convolution's kernel", choices=(3, 5, 7))
     first_stride: int = opt(1, "stride of the first convolution; the others have 2", 1, 4)
     prior_groups: int = opt(1, "groups of dice, thrown in turn by the prior; must divide K", 1, 256)
     unimix: float = opt(0.01, "share of the uniform distribution in every categorical", 0.0, 0.5)
@@ -135,7 +135,7 @@ class Config:
     weight_decay: float = opt(1e-4, "world model: weight decay of matrices and kernels", 0.0, 1.0)
     lr_warmup: int = opt(1000, "updates of linear learning-rate warm-up", 1, 10_000_000)
     lr_fall: float = opt(0.0, "last share of a run: rates and entropy's weight fall to 0", 0.0, 1.0)
-    average: float = opt(0.0, "EMA of the world model's weights: what acts and dreams", 0.0, 0.9999)
+    average: float = opt(0.0, "moving average of the model's weights: acts and dreams", 0.0, 0.9999)
     # dreams, actor, critic
     context: int = opt(8, "real frames that a dream starts from", 2, 1024)
     stored_latents: bool = opt(False, "contexts from latents kept at a frame's last encoding")
@@ -144,9 +144,9 @@ class Config:
     hidden_layers: int = opt(3, "actor and critic: hidden layers", 1, 16)
     gamma: float = opt(0.985, "discount of a step", 0.0, 1.0)
     lam: float = opt(0.95, "lambda of the lambda-return", 0.0, 1.0)
-    return_decay: float = opt(0.99, "EMA of the returns' 5-95 percentile range", 0.0, 1.0)
-    return_floor: float = opt(1.0, "least divisor of the advantages, else that range", 1e-3, 1e6)
-    slow_decay: float = opt(0.98, "EMA of the slow critic's weights", 0.0, 1.0)
+    return_decay: float = opt(0.99, "moving average of the returns' 5-95% range", 0.0, 1.0)
+    return_floor: float = opt(1.0, "advantages are divided by no less than this", 1e-3, 1e6)
+    slow_decay: float = opt(0.98, "moving average of the critic's weights: slow critic", 0.0, 1.0)
     actor_eps: float = opt(1e-5, "actor and critic: Adam's epsilon", 1e-12, 1.0)
     actor_clip: float = opt(100.0, "actor and critic: largest gradient norm", 1e-3, 1e9)
     # machine, keeping, showing
@@ -196,10 +196,10 @@ PRESETS = {
 
 # ---- 2 Environments -----------------------------------------------------------------------------
 def make_env(game: str, num_envs: int, image_size: int) -> vector.VectorEnv:
-    """A vector environment: frames (n, 1, H, W, 3) uint8, rewards (n,), ends (n,).
+    """A vector environment: frames (n, 1, H, W, 3) uint8, 1 of a stack; rewards (n,), ends (n,).
     Atari follows [6]: frame skip 4, maximum of the last two frames, no sticky actions, the minimal
-    action set, raw rewards. A lost life is `terminated` but no episode's end (BankHeist's last one
-    is neither). After an end the next `step` ignores its action and opens the next episode."""
+    action set, raw rewards. A lost life is `terminated`, but only the last ends the episode; that
+    before the last BankHeist hides. After an end the next `step` ignores its action and resets."""
     if game == "GridWorld":
         from experiments.gridworld import GridWorld
         return vector.SyncVectorEnv([lambda: GridWorld(image_size)] * num_envs)
@@ -255,9 +255,9 @@ class Replay:
         d_t = f(z_0,a_0, .., z_t,a_t)  foretells  z_{t+1} of the next row, and r_t, e_t of its own
 
     An episode's last frame has no action and gets no row. A lost life is an end to learn, so that
-    lives are dear (terminated = 1), but the episode goes on (then first = 0). A row cut by the time
-    limit keeps terminated = 0, as the game did not end (then first = 1). A window may hold an
-    episode's end and the next one's start: `first` clears the model's state there."""
+    lives are dear (terminated = 1), but the episode goes on: the next row has first = 0. A row cut
+    by the time limit has terminated = 0, as the game did not end, and the next row has first = 1.
+    A window may hold an episode's end and the next one's start: `first` clears the state there."""
 
     COLUMNS = ("action", "reward", "terminated", "first", "latent", "trained", "dreamt")
 
@@ -283,8 +283,8 @@ class Replay:
 
     def _draw(self, k: int, length: int, logits: Tensor) -> Tensor:
         """Rows (k, length) of k windows with different starts, drawn from softmax(logits).
-        The largest of logits plus Gumbel noise, -log of an exponential variable, is a draw from
-        their softmax; the k largest are k draws without replacement."""
+        Gumbel noise is -log of an exponential variable. Add it to the logits: the largest sum is
+        a draw from their softmax. The k largest are k draws without replacement."""
         n = self.size - length + 1  # starts there are; fewer than k while the run is short
         noise = -torch.empty(n, device=self.device).exponential_().log()
         noisy = noise + (logits[:n] if self.cfg.sampler == "dfs" else 0)
@@ -361,7 +361,7 @@ class TwoHot(nn.Module):
 
 def unimix(logits: Tensor, share: float) -> Tensor:
     """log((1 - share) softmax(logits) + share / C) over the last axis, the C classes.
-    No class ever falls below share / C, so that no logarithm meets a zero."""
+    No class falls below share / C: no logarithm meets a zero. The clamp is for a share of 0."""
     mixed = (1 - share) * logits.float().softmax(-1) + share / logits.shape[-1]
     return mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log()
 
@@ -420,10 +420,8 @@ class Encoder(nn.Sequential):
     def __init__(self, cfg: Config):
         layers, channels = [], 3
         for width, stride in cfg.cnn:
-            kernel = stride if stride == CNN_PATCH else cfg.cnn_kernel
-            padding = 0 if stride == CNN_PATCH else cfg.cnn_kernel // 2
-            layers += [nn.Conv2d(channels, width, kernel, stride, padding), nn.BatchNorm2d(width),
-                       nn.SiLU()]
+            k, pad = (stride, 0) if stride == CNN_PATCH else (cfg.cnn_kernel, cfg.cnn_kernel // 2)
+            layers += [nn.Conv2d(channels, width, k, stride, pad), nn.BatchNorm2d(width), nn.SiLU()]
             channels = width
         super().__init__(*layers, nn.Flatten())
 
@@ -435,7 +433,7 @@ class Decoder(nn.Sequential):
         widths, strides = zip(*cfg.cnn)
         channels, layers = widths[-1], [nn.Linear(cfg.d_z, widths[-1] * CNN_MAP**2),
                                         nn.Unflatten(1, (widths[-1], CNN_MAP, CNN_MAP))]
-        for width, stride in zip((*widths[-2::-1], 3), reversed(strides)):
+        for width, stride in zip((*reversed(widths[:-1]), 3), reversed(strides)):
             layers += [nn.BatchNorm2d(channels), nn.SiLU()]
             if stride == CNN_PATCH:  # a 1x1 convolution writes the 16 pixels of each patch
                 layers += [nn.Conv2d(channels, width * stride**2, 1), nn.PixelShuffle(stride)]
@@ -508,7 +506,7 @@ def ssd_step(x, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
 
 
 def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[Tensor, Tensor]:
-    """`ssd_step` for all tokens of a sequence, in the chunks of [2], section 6.
+    """`ssd_step` for all tokens of a sequence, in chunks, as in section 6 of the paper [2].
     Inside a chunk of q tokens the unrolled sum is one q x q matrix, so all of its tokens are
     computed at once. All that a chunk must know of its past is the state at its start.
     x (b,l,h,p), dt (b,l,h) > 0, A (h,) < 0, B and C (b,l,n), state (b,h,p,n) or None for zeros,
@@ -527,7 +525,7 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
         # S: the log of the decay since the chunk's start, so exp(S_i - S_j) is that from j to i
         S = F.pad(dt * A, (0, 0, 0, pad)).view(b, c, q, h).transpose(2, 3).cumsum(-1)  # (b,c,h,q)
         # tokens of different episodes have different numbers: they must not see each other. On a
-        # first reading take `first` as all false: every factor with `segment` in it is 1
+        # first reading take `first` as all false: `same` is a plain triangle, nothing is cleared
         segment = F.pad(first, (0, pad)).view(b, c, 1, q).cumsum(-1)
 
         # 1 inside a chunk: y_i = sum_{j<=i, same segment} (C_i . B_j) exp(S_i - S_j) dt_j x_j
@@ -537,7 +535,7 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
         # 2 added to the state by the end of each chunk: sum_j exp(S_q - S_j) dt_j x_j B_j^T
         to_end = (S[..., -1:] - S).exp() * (segment == segment[..., -1:])  # (b,c,h,q)
         added = ((B * to_end[..., None]).mT @ X).mT  # (b,c,h,p,n)
-        # 3 from chunk to chunk: state = exp(S_q) state + added (unbind: t[:, i] trains slowly)
+        # 3 from chunk to chunk: state = exp(S_q) state + added (unbind: t[:, i] is slow backward)
         kept = S[..., -1, None, None].exp()  # (b,c,h,1,1): by a whole chunk
         cleared, before = segment[..., -1, None, None] > 0, []  # (b,c,1,1,1)
         for kept_c, cleared_c, added_c in zip(*(t.unbind(1) for t in (kept, cleared, added))):
@@ -585,7 +583,7 @@ class Mamba2(nn.Module):
     def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:
         """(conv window (b, d_conv-1, channels), SSM state (b, h, p, n)), both zero."""
         new = self.D.new_zeros
-        return (new(batch, self.d_conv, self.parts[1])[:, 1:],  # strides as `step`: CUDA graphs ask
+        return (new(batch, self.d_conv, self.parts[1])[:, 1:],  # strides of `step`, for CUDA graphs
                 new(batch, self.heads, self.d_state, self.headdim).mT)
 
     def _inputs(self, xBC, dt):
@@ -598,7 +596,7 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm((y * F.silu(gate)).to(self.norm.weight.dtype)))
 
     def forward(self, u: Tensor, state=None, first=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """u (b, l, d_model) -> the same shape, and the state after the last token."""
+        """u (b, l, d_model) -> the same shape, and a new state: a pair, as in `initial_state`."""
         b, l, _ = u.shape
         window, memory = state or self.initial_state(b)
         gate, xBC, dt = self.in_proj(u).split(self.parts, -1)
@@ -618,7 +616,7 @@ class Mamba2(nn.Module):
         return self._output(y, x, gate), (window, memory)
 
     def step(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One token: u (b, d_model) -> the same shape, and a new state."""
+        """One token: u (b, d_model) -> the same shape, and a new pair."""
         window, memory = state
         gate, xBC, dt = self.in_proj(u).split(self.parts, -1)
         taps = torch.cat([window.to(xBC.dtype), xBC[:, None]], 1)  # (b, d_conv, channels)
@@ -652,7 +650,7 @@ class SequenceModel(nn.Module):
         return self.norm(u), after
 
     def initial_states(self, batch: int) -> list:
-        """Zero states, a layer each."""
+        """A zero state for each layer."""
         return [layer.initial_state(batch) for layer in self.layers]
 
 
@@ -675,7 +673,7 @@ def clear(states: list, where: Tensor) -> list:
 #
 #     the sample in z              has none; `straight_through` passes on that of the probabilities
 #     posterior in `dynamics`      it must not come down to a guess that is still poor
-#     prior in `representation`    its own way is `dynamics`
+#     prior in `representation`    it learns by `dynamics` alone
 #     all of `imagine`             the policy learns by REINFORCE; dreams must not learn to please
 #     the critic's value           a target and a baseline stand still while actor and critic move
 #     dice given to later dice     or `dynamics` would move the posterior that it holds still
@@ -717,7 +715,7 @@ class WorldModel(nn.Module):
     def log_prior(self, d: Tensor, z: Tensor) -> Tensor:
         """d_t (..., d_model), z_{t+1} (..., K*C) -> log P(z_{t+1} | d_t), the prior, (..., K, C).
         NOTE(13): with groups, a die sees the groups before its own. Thrown apart, some dice may
-        tell of a hit, some of a miss: no ball is drawn. The KL is then an estimate, by one z."""
+        tell of a hit, some of a miss: no ball is drawn. The KL then is a sample: it hangs on z."""
         part, nets = self.cfg.d_z // self.cfg.prior_groups, (self.prior, *self.later)
         flat = [net(torch.cat([d, z[..., :i * part]], -1)) for i, net in enumerate(nets)]
         return self._categoricals(torch.cat(flat, -1))
@@ -753,8 +751,8 @@ class WorldModel(nn.Module):
         reconstruction = self.reconstruction_error(z.flatten(-2), batch.frame)
         log_prior = self.log_prior(d[:, :-1], z[:, 1:].detach().flatten(-2))  # of z_t by d_{t-1}
         log_next = log_post[:, 1:]
-        forward = kl_divergence(log_next.detach(), log_prior)
-        back = kl_divergence(log_next, log_prior.detach())
+        dynamics = kl_divergence(log_next.detach(), log_prior)  # the prior moves
+        representation = kl_divergence(log_next, log_prior.detach())  # the posterior moves
 
         def known(kl: Tensor) -> Tensor:  # 0 where a window or an episode begins
             return F.pad(kl * ~batch.first[:, 1:], (1, 0))  # (b, l-1) -> (b, l)
@@ -763,9 +761,9 @@ class WorldModel(nn.Module):
         losses = dict(
             reconstruction=reconstruction, reward=self.two_hot.loss(self.reward(d), batch.reward),
             termination=F.binary_cross_entropy_with_logits(end, batch.terminated, reduction="none"),
-            dynamics=known(free_bits(forward, self.cfg.free_bits)),
-            representation=known(free_bits(back, self.cfg.free_bits)))
-        return losses, z.detach(), known(forward).detach()
+            dynamics=known(free_bits(dynamics, self.cfg.free_bits)),
+            representation=known(free_bits(representation, self.cfg.free_bits)))
+        return losses, z.detach(), known(dynamics).detach()
 
     @torch.no_grad()
     def imagine(self, actor: nn.Module, z: Tensor, action: Tensor, first: Tensor) -> Dream:
@@ -850,7 +848,7 @@ class ActorCritic(nn.Module):
         # unlike DQN's target it has no part in R: a second loss holds the critic close to it
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.two_hot = TwoHot(cfg.bins, cfg.bin_limit)
-        self.register_buffer("scale", torch.zeros(()))  # EMA of the returns' 5-95 percentile range
+        self.register_buffer("scale", torch.zeros(()))  # average of R's 5-95 percentile range
         self.weights = dict(policy=1.0, entropy=cfg.entropy, value=1.0, slow_value=1.0)
 
     def loss(self, dream: Dream) -> tuple[dict, dict]:
@@ -859,7 +857,7 @@ class ActorCritic(nn.Module):
         value = self.two_hot.mean(value_logits).detach()
         slow_value = self.two_hot.mean(self.slow_critic(dream.feature[:, :-1]))
         R = lambda_return(dream.reward, dream.end, value, self.cfg.gamma, self.cfg.lam)
-        # NOTE(12): divided by their range, but by no less than the floor: below, it may be noise
+        # NOTE(12): advantages are divided by the returns' range; below the floor it may be noise
         low, high = torch.quantile(R, R.new_tensor([0.05, 0.95]))
         self.scale.lerp_(high - low, 1 - self.cfg.return_decay)
         advantage = (R - value[:, :-1]) / self.scale.clamp(min=self.cfg.return_floor)
@@ -886,8 +884,8 @@ def update_actor_critic(cfg, model, agent, learner, replay) -> dict:
             z = draw_one_hot(model.encode(replay.batch(rows).frame)).flatten(-2)
     dream = model.imagine(agent.actor, z, replay.action[rows], replay.first[rows])
     losses, metrics = agent.loss(dream)
-    falling = {"entropy": cfg.entropy * learner.left(learner.updates)}  # left: 1, later to 0
-    means = learner.step(losses, agent.weights | falling)
+    entropy = cfg.entropy * learner.remaining(learner.updates)  # it falls with the rate
+    means = learner.step(losses, agent.weights | {"entropy": entropy})
     follow(agent.slow_critic, agent.critic, 1 - cfg.slow_decay)
     means["actor_gradient_norm"] = means.pop("gradient_norm")
     return {**means, **{name: x.item() for name, x in metrics.items()}}
@@ -938,13 +936,13 @@ def train(cfg: Config, run: Run) -> int:
         # STORE; after this `at.first` speaks of the next frame
         replay.add(frame[0, 0], action[0], reward[0], terminated[0], at.first, latent[0])
         at.add(float(reward[0]), over=bool(episode_over(terminated, truncated, info)[0]))
-        frame = env.step(action)[0] if at.first else following  # opens an episode: no transition
+        frame = env.step(action)[0] if at.first else following  # after an end: `step` only resets
 
         news = {}
         if at.step >= cfg.warmup and at.step % cfg.train_every == 0:
             dreams_begin = growth(cfg, model_learner.updates) == 1
             with run.autocast:
-                # TRAIN WORLD MODEL; its average follows: at first over a tenth of all updates
+                # TRAIN WORLD MODEL; its average follows, at first over the newest tenth of updates
                 news |= update_world_model(learning, model_learner, replay)
                 follow(model, learning, max(1 - cfg.average, 10 / (10 + model_learner.updates)))
                 # IMAGINE, TRAIN ACTOR-CRITIC
@@ -963,9 +961,9 @@ class Learner:
     def __init__(self, optimiser, clip: float, warmup: int, fall: int = 0, end: int = 0):
         """The rate rises over `warmup` updates, and falls to 0 over the `fall` before `end`."""
         self.optimiser, self.clip, self.updates = optimiser, clip, 0
-        self.left = lambda k: min(1.0, max(0, end - k) / fall) if fall else 1.0  # at update k
+        self.remaining = lambda k: min(1.0, max(0, end - k) / fall) if fall else 1.0  # at update k
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda k: min((k + 1) / warmup, self.left(k)))
+            optimiser, lambda k: min((k + 1) / warmup, self.remaining(k)))
 
     def step(self, losses: dict, weights: dict) -> dict:
         """One step down the weighted sum of the losses' means -> the means, the gradient's norm."""

@@ -60,7 +60,7 @@ def ssd_recurrent(x, dt, A, B, C, state=None, first=None):
 
 
 def ssd_matrix(x, dt, A, B, C, state=None, first=None):
-    """The same map as one l x l semiseparable matrix a head, y = M x, plus what is left of `state`.
+    """The same map as one l x l lower triangle a head, y = M x, plus what is left of `state`.
 
     M[t,s] = C_t^T B_s L[t,s] dt_s   L[t,s] = a_{s+1} ... a_t for s <= t, else 0   a_r = exp(dt_r A)
 

@@ -2745,7 +2745,7 @@ def test_a_new_agent_learns_in_a_finished_world_model(world_model, run, monkeypa
     update, old, left, horizons = drama.update_actor_critic, NEWEST.read_bytes(), [], []
 
     def followed(cfg, model, agent, learner, replay):
-        left.append(learner.left(learner.updates))
+        left.append(learner.remaining(learner.updates))
         horizons.append((cfg.horizon, model.cfg.horizon, replay.cfg.dreams))
         return update(cfg, model, agent, learner, replay)
 

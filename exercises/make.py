@@ -98,11 +98,11 @@ TASKS = (
     # Below the threshold the loss is the threshold, and has no gradient.
 """),
         "WorldModel.loss": Blank("""\
-    # To be made: `forward` and `back`, each (b, l-1), and the function `known`. The prior of
-    # z_t is self.log_prior(d_{t-1}, z_t), with z_t flat, (b, l-1, K*C), and without a gradient.
-    # Both are KL[posterior || prior], for t from 1 on: in `forward` the posterior stands still
-    # (.detach()), in `back` the prior. known(kl), (b, l-1) -> (b, l): kl with a 0 in front, for
-    # the window's first frame, and 0 where batch.first.
+    # To be made: `dynamics` and `representation`, each (b, l-1), and the function `known`. The
+    # prior of z_t is self.log_prior(d_{t-1}, z_t), with z_t flat, (b, l-1, K*C), and without a
+    # gradient. Both are KL[posterior || prior], for t from 1 on: in `dynamics` the posterior
+    # stands still (.detach()), in `representation` the prior. known(kl), (b, l-1) -> (b, l): kl
+    # with a 0 in front, for the window's first frame, and 0 where batch.first.
     assert log_post.shape[:2] == d.shape[:2] == batch.first.shape
 """, ("log_prior", "known"))}),
     Task(4, "the lambda-return", 8, {
