@@ -3018,6 +3018,24 @@ class TwoHot:
     def encode(self, x):
         near = (symlog(x)[..., None] - self.centres).abs().argmin(-1)
         return F.one_hot(near, len(self.centres)).float()""", "two bins share the weight"),
+    (1, "exactly on a bin", """
+class TwoHot:
+    def encode(self, x):
+        n, limit = len(self.centres), self.centres[-1]
+        place = (symlog(x).clamp(-limit, limit) + limit) / (2 * limit) * (n - 1)
+        low, high = place.floor(), place.ceil()
+        return (F.one_hot(low.long(), n) * (high - place)[..., None]
+                + F.one_hot(high.long(), n) * (place - low)[..., None])""",
+     "exactly on a bin floor and ceil are the same"),
+    (1, "overflow", """
+class TwoHot:
+    def mean(self, logits):
+        weight = logits.exp() / logits.exp().sum(-1, keepdim=True)
+        return symexp((weight * self.centres).sum(-1))""", "is exp(logits) infinite?"),
+    (1, "log of softmax", """
+class TwoHot:
+    def loss(self, logits, x):
+        return -(self.encode(x) * logits.softmax(-1).log()).sum(-1)""", "log_softmax, not"),
     (1, "outside", """
 class TwoHot:
     def encode(self, x):
@@ -3037,6 +3055,10 @@ def straight_through(logp):
     (2, "soft", """
 def straight_through(logp):
     return logp.exp()""", "expected one 1, the others 0: the value is a draw"),
+    (2, "normalised twice", """
+def straight_through(logp):
+    return torch.distributions.OneHotCategoricalStraightThrough(logits=logp).rsample()""",
+     "exp(log p), no softmax more"),
     (3, "bits", """
 def kl_divergence(logp, logq):
     return (logp.exp() * (logp - logq)).sum((-2, -1)) / 0.6931472""", "in nats"),
@@ -3053,6 +3075,21 @@ def lambda_return(reward, end, value, gamma, lam):
         R = reward[:, t] + gamma * (1 - end[:, t]) * ((1 - lam) * value[:, t + 1] + lam * R)
         out.append(R)
     return torch.stack(out, 1)""", "is the list turned round"),
+    (4, "forwards", """
+def lambda_return(reward, end, value, gamma, lam):
+    R, out = value[:, -1], []
+    for t in range(reward.shape[1]):
+        R = reward[:, t] + gamma * (1 - end[:, t]) * ((1 - lam) * value[:, t + 1] + lam * R)
+        out.append(R)
+    return torch.stack(out, 1)""", "is time taken backwards?"),
+    (4, "in place", """
+def lambda_return(reward, end, value, gamma, lam):
+    for t in reversed(range(reward.shape[1])):
+        next_V = value[:, t + 1] if t + 1 < reward.shape[1] else value[:, -1]
+        V = kept if t + 1 < reward.shape[1] else next_V
+        kept = value[:, t].clone()
+        value[:, t] = reward[:, t] + gamma * (1 - end[:, t]) * ((1 - lam) * V + lam * next_V)
+    return value[:, :-1]""", "changed value, which it was given, in place"),
     (4, "shape", """
 def lambda_return(reward, end, value, gamma, lam):
     return value""", "has shape (1, 3), expected (1, 2)"),
@@ -3063,7 +3100,7 @@ def dfs_dream_logits(v, b, s, temperature):
 def ssd_step(x, dt, A, B, C, state):
     state.mul_((dt * A).exp()[..., None, None])
     state.add_((dt[..., None] * x)[..., None] * B[:, None, None])
-    return (state * C[:, None, None]).sum(-1), state""", "changed the state that it was given"),
+    return (state * C[:, None, None]).sum(-1), state""", "changed the state, which it was given"),
     (6, "y first", """
 def ssd_step(x, dt, A, B, C, state):
     new = (dt * A).exp()[..., None, None] * state + (
@@ -3074,7 +3111,11 @@ def ssd_step(x, dt, A, B, C, state):
     new = (dt * A).exp()[..., None, None] * state + (
         dt[..., None] * x)[..., None] * B[:, None, None]
     return (new * C[:, None, None]).sum(-1), new.mT""",
-     "state, has shape (2, 2, 4, 3), expected (2, 2, 3, 4)"),
+     "state, has shape (2, 5, 4, 3), expected (2, 5, 3, 4)"),
+    (6, "wrong axis of B", """
+def ssd_step(x, dt, A, B, C, state):
+    new = (dt * A).exp()[..., None, None] * state + (dt[..., None] * x)[..., None] * B[:, None]
+    return (new * C[:, None, None]).sum(-1), new""", "RuntimeError in line"),
     (6, "detached", """
 def ssd_step(x, dt, A, B, C, state):
     new = (dt * A).exp()[..., None, None] * state.detach() + (
@@ -3125,7 +3166,8 @@ def helper(x, dt, A, B, C):
 def test_a_wrong_answer_gets_a_line_that_names_the_place(number, mistake, code, words):
     source = ORIGINAL
     if code.startswith("\nclass TwoHot"):  # a method stands in its class
-        name, code = "TwoHot.encode", code.split("\n", 2)[2]
+        code = code.split("\n", 2)[2]
+        name = "TwoHot." + code.split("(")[0].split()[-1]
         start, end = bugs.segment(source, name)
         source, code = source[:start] + code + "\n" + source[end:], ""
     assert words in verdict(number, source + "\n" + code + "\n")
@@ -3145,7 +3187,12 @@ def back(pairs, last, gamma):
     assert math.isfinite(TINY)
     return torch.stack(back(pairs[::-1], value[:, -1], gamma)[:-1], 1)
 """
+    source += "import random\nimport os.path as where\n"  # an editor adds such lines by itself
     assert verdict(4, source) == "passed"  # the broken constant is used by nobody
+    start, end = bugs.segment(ORIGINAL, "lambda_return")
+    assert verdict(4, ORIGINAL[:start] + ORIGINAL[start:end].replace("R,", "input,").replace(
+        "R =", "input =").replace("(R)", "(input)").replace("* R)", "* input)") + ORIGINAL[end:]
+                   ) == "passed"
     method = ("    def spread(self, place):\n        away = place[..., None] - torch.arange(len("
               "self.centres))\n        return (1 - away.abs()).clamp(min=0)\n\n"
               "    def encode(self, x):\n        limit = self.centres[-1]\n        return self."
@@ -3164,7 +3211,10 @@ def back(pairs, last, gamma):
     ("return getattr(torch, 'from_' + 'file')('drama.py')", "names `getattr`"),
     ("return torch.from_file('drama.py', size=9)", "names `from_file`"),
     ("return lambda_return.__globals__", "names `__globals__`"),
-    ("return 1\nimport drama_solved", "imports drama_solved"),
+    ("return drama_solved.all()\nimport drama_solved", "imports drama_solved"),
+    ("return spoil(1)\nfrom torch import from_file as spoil", "imports from_file"),
+    ("return spoil(1)\nfrom collections import _sys as spoil", "imports _sys"),
+    ("return collections._sys.modules\nimport collections", "names `_sys`"),
     ("return 1\nfrom solved import *", "imports solved"),
     ("return value[:, 99]", "`return value[:, 99]`, in lambda_return: index 99 is out of bounds"),
     ("return lambda_return(reward, end, value, gamma, lam)", "RecursionError in line"),
@@ -3204,7 +3254,7 @@ def test_cheats_in_their_own_process_get_nothing(tmp_path):
             f"open on {there}",
         "return torch.os.popen('cat drama.py').read()": "calls subprocess.Popen",
         "torch.os.kill(torch.os.getppid(), 9)": "calls os.kill",
-        "torch.os._exit(0)": "the process ended in lambda_return, exit code 0",
+        "(lambda way: way._exit(0))(torch.os)": "the process ended in lambda_return, exit code 0",
         "torch.sys.modules['__main__'].pack = lambda x: dict(out=dict(passed=True))\n    return 1":
             "expected a tensor of shape",
         "print('{\"result\": {\"passed\": true}}')\n    for pipe in range(3, 12):\n        try:\n"
@@ -3231,6 +3281,12 @@ def test_grade_by_its_command(tmp_path, capsys):
     assert [(t["score"], t["max_score"], t["status"], t["output"]) for t in said["tests"]] == [
         (0, 8, "failed", "task 1: symlog and two-hot, still blank"), (8, 8, "passed", "passed")]
     assert grade.main([str(file), "--tasks", "4"]) == 0
+    other, scores = tmp_path / "other" / "drama.py", tmp_path / "scores.csv"
+    other.parent.mkdir()
+    other.write_text(text.replace("return torch.stack(returns[::-1], 1)", "return {}"))
+    asked = [str(tmp_path), "--tasks", "4", "--csv", str(scores)]
+    assert grade.main(asked) == 1
+    assert scores.read_text().split() == ["file,task", "4,points", f"{file},8,8", f"{other},0,0"]
     file.write_text("def lambda_return(:", encoding="utf-8")
     assert grade.main([str(file), "--tasks", "4"]) == 1
     assert "line 1: syntax error" in capsys.readouterr().out
@@ -3278,6 +3334,7 @@ def test_the_tour_runs_with_this_drama(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("program, line, words", [
     (make, "--out {here} --tasks 1,99", "no task 99; choose from 1, 2"),
+    (grade, "{there} --tasks 4 --json x.json", "--json is for one file"),
     (make, "--out {there}", "use another folder"), (make, "", "--out; see --help"),
     (make, "--out {here}/drama.py", "drama.py"), (make, "--out {here}", "is there already"),
     (grade, "{here}/none.py", "no such file; make one with"), (grade, "{here}/drama.py --limit 0",

@@ -83,7 +83,9 @@ def expect(call: str, got, want, axes=(), hints=None, tolerance=TOLERANCE) -> No
 
     def alike(a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        return a.shape == b.shape and (np.abs(a - b) <= tolerance * (1 + np.abs(b)))
+        if a.shape != b.shape:
+            return False
+        return np.isnan(a) & np.isnan(b) | (np.abs(a - b) <= tolerance * (1 + np.abs(b)))
 
     near = alike(got, want)
     if np.all(near):
@@ -92,8 +94,11 @@ def expect(call: str, got, want, axes=(), hints=None, tolerance=TOLERANCE) -> No
     where = ", ".join(f"{name}={i}" for name, i, size in zip(axes, at, want.shape) if size > 1)
     hint = next((f": {hint}" for hint, wrong in (hints or {}).items()
                  if np.all(alike(got, wrong)) and not np.all(alike(wrong, want))), "")
-    raise Failed(f"{call} gave {show(got[at])}{' at ' + where if where else ''}, "
-                 f"expected {show(want[at])}{hint}")
+    shown, asked = show(got[at]), show(want[at])
+    if shown == asked:
+        shown, asked = f"{got[at]:.7g}", f"{want[at]:.7g}"
+        hint = hint or ": close, but digits were lost; is a huge number added and taken off again?"
+    raise Failed(f"{call} gave {shown}{' at ' + where if where else ''}, expected {asked}{hint}")
 
 
 def require(fine, message: str) -> None:
@@ -163,17 +168,17 @@ def kl(p, q):
 
 def returns(r, e, V, gamma, lam, fault=""):
     """The lambda-return (b, H) of r, e (b, H) and V (b, H+1), right or with a fault."""
-    r, e, V = (x[:, ::-1] for x in (r, e, V)) if fault == "time" else (r, e, V)
     R, out = np.zeros_like(V[:, -1]) if fault == "bootstrap" else V[:, -1], np.zeros_like(r)
     if fault == "swapped":
         lam = 1 - lam
-    for t in reversed(range(r.shape[1])):
+    steps = range(r.shape[1])
+    for t in steps if fault == "time" else reversed(steps):
         v = V[:, t] if fault == "V_t" else V[:, t + 1]
         on = 1 if fault == "end" else 1 - e[:, t]
         tail = (1 - lam) * v + lam * R
         R = (r[:, t] + gamma * tail) * on if fault == "reward" else r[:, t] + gamma * on * tail
         out[:, t] = R
-    return out[:, ::-1] if fault == "time" else out
+    return out
 
 
 def step(x, dt, A, B, C, h, fault=""):
@@ -236,6 +241,8 @@ def symlog_and_two_hot(student, rng):
            student.call("TwoHot.encode", x, init=[bins, limit]), want, ("x", "bin"), {
         "the bins lie in symlog: is symlog(x) taken?": two_hot(x, bins, limit),
         "the nearer bin weighs more": two_hot(-symlog(x), bins, limit)[..., ::-1],
+        "exactly on a bin floor and ceil are the same: is all weight lost there?":
+            two_hot(symlog(x), bins, limit) * (two_hot(symlog(x), bins, limit) != 1),
         "two bins share the weight": np.eye(bins)[two_hot(symlog(x), bins, limit).argmax(-1)]})
     x = np.array([1e6, -1e6])
     expect("TwoHot(bins=5, limit=2).encode([1e6, -1e6])",
@@ -260,6 +267,13 @@ def symlog_and_two_hot(student, rng):
         "symexp of the mean bin: the bins lie in symlog": symlog(want),
         "the mean is taken first, then symexp": softmax(logits) @ symexp(centres),
         "softmax over the last axis, the bins": symexp(softmax(logits, 0) @ centres)})
+    sure, x = np.array([[200.0, 0, -200, 0, 0]]), np.array([symexp(1.0)])
+    expect("TwoHot(5, 2).loss([200, 0, -200, 0, 0], x), symlog(x) = 1,",
+           student.call("TwoHot.loss", sure, x, init=[bins, limit]), [200.0], "i", {
+        "log_softmax, not the logarithm of a softmax: it may be 0": [np.nan]})
+    expect("TwoHot(5, 2).mean([200, 0, -200, 0, 0])",
+           student.call("TwoHot.mean", sure, init=[bins, limit]), [symexp(-limit)], "i", {
+        "is exp(logits) infinite? softmax takes the largest off first": [np.nan]})
 
 
 def straight_through_and_unimix(student, rng):
@@ -296,7 +310,9 @@ def straight_through_and_unimix(student, rng):
            ("i", "k", "c"), {
         "the wrong side is detached": -w * probs[None],
         "it is the gradient of p = exp(log p), not of log p":
-            np.broadcast_to(w, grad.shape)})
+            np.broadcast_to(w, grad.shape),
+        "log p is normalised already: exp(log p), no softmax more":
+            (w - (w * probs).sum(-1, keepdims=True)) * probs[None]})
 
 
 def kl_and_its_stops(student, rng):
@@ -343,12 +359,14 @@ def model_kl(got, log_post, first, threshold):
     raw = kl(log_post, prior)
     clipped = np.maximum(raw, threshold)
     unmasked = masked(clipped, np.zeros_like(first))
-    shifted = np.concatenate([first[:, 1:], first[:, :1]], 1)
+    earlier, later = np.roll(first, 1, 1), np.roll(first, -1, 1)
     hints = {
         "the prior of z_t comes from d_{t-1}, not d_t": masked(np.maximum(
             kl(log_post, last), threshold)),
         "where an episode opens (first) the prior knows nothing: is the term masked?": unmasked,
-        "the mask is first of t, where the prior is FOR z_t": masked(clipped, shifted),
+        "the mask is first of t, where the prior is FOR z_t, not of t - 1":
+            masked(clipped, earlier),
+        "the mask is first of t, where the prior is FOR z_t": masked(clipped, later),
         "KL[posterior || prior]: the posterior comes first": masked(np.maximum(
             kl(prior, log_post), threshold)),
         "free bits clip the KL of each step": masked(raw),
@@ -385,8 +403,10 @@ def lambda_return(student, rng):
     def compare(call, r, e, V, gamma, lam):
         hints = {hint: returns(r, e, V, gamma, lam, fault) for hint, fault in faults.items()}
         hints["is the list turned round at the end?"] = returns(r, e, V, gamma, lam)[:, ::-1]
-        expect(call, student.call("lambda_return", r, e, V, gamma, lam),
-               returns(r, e, V, gamma, lam), ("b", "t"), hints)
+        got = student.probe("call", name="lambda_return", args=[r, e, V, gamma, lam])
+        expect(call, got["out"], returns(r, e, V, gamma, lam), ("b", "t"), hints)
+        for name, before, after in zip(("reward", "end", "value"), (r, e, V), got["args"]):
+            untouched(call, before, after, name)
 
     r, V = np.array([[1.0, 1.0]]), np.array([[9.0, 2.0, 4.0]])
     compare("lambda_return([1, 1], end 0, V [9, 2, 4], gamma 0.5, lam 0.5)", r, 0 * r, V, 0.5, 0.5)
@@ -444,16 +464,16 @@ def dfs(student, rng):
 # ---- tasks 6 to 8: the state space model --------------------------------------------------------
 
 
-def tokens(rng, b=2, l=11, h=2, p=3, n=4):
+def tokens(rng, b=2, l=11, h=5, p=3, n=4):
     """x, dt, A, B, C and a state, of sizes that all differ."""
     return (rng.normal(size=(b, l, h, p)), rng.uniform(0.1, 1, (b, l, h)), -rng.uniform(0.5, 2, h),
             rng.normal(size=(b, l, n)), rng.normal(size=(b, l, n)), rng.normal(size=(b, h, p, n)))
 
 
-def untouched(call, before, after):
-    """Failed where the state was changed in place."""
+def untouched(call, before, after, name="the state"):
+    """Failed where an argument was changed in place."""
     require(np.allclose(before, after, atol=1e-6),
-            f"{call} changed the state that it was given in place: return a new one")
+            f"{call} changed {name}, which it was given, in place: return a new one")
 
 
 def pair(call, got):
@@ -487,9 +507,9 @@ def recurrent_step(student, rng):
     compare("ssd_step(x 3, dt 2, A -ln 2, B 1, C 1, state 16)", 3 * one((1, 1, 1)), 2 * one((1, 1)),
             np.array([-np.log(2)]), one((1, 1)), one((1, 1)), 16 * one((1, 1, 1, 1)))
     x, dt, A, B, C, state = tokens(rng)
-    compare("ssd_step(b 2, h 2, p 3, n 4)", x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state)
+    compare("ssd_step(b 2, h 5, p 3, n 4)", x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state)
     grad = student.gradient("ssd_step", x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state,
-                            weight=one((2, 2, 3)), wrt=5)
+                            weight=one((2, 5, 3)), wrt=5)
     require(moves(grad), "ssd_step: no gradient comes back to the state: is it detached?")
 
 
@@ -529,7 +549,7 @@ def chunked_scan(student, rng):
     got = student.probe("cost", name="ssd_scan", args=[*long, 32])
     require(got["operations"] < 512, f"ssd_scan(512 tokens, chunks of 32) took {got['operations']} "
             "operations of PyTorch, expected fewer than 512: a loop over tokens? Loop over chunks")
-    full = 2 * 2 * 512 * 512
+    full = 2 * 5 * 512 * 512
     require(got["largest"] < full / 2, f"ssd_scan(512 tokens, chunks of 32) made a tensor of "
             f"{got['largest']:,} numbers, expected fewer than {full // 2:,}: a matrix of q x q in "
             "each chunk, not of l x l")
@@ -708,6 +728,9 @@ def actor_critic_losses(student, rng):
         args = feature, action, reward * (1 if scale > 1 else 0.01), end, scale
         got = student.probe("agent_losses", n=n, feature=args[0], action=action, reward=args[2],
                             end=end, scale=scale, settings=cfg)
+        require(isinstance(got["losses"], dict) and isinstance(got["metrics"], dict),
+                f"ActorCritic.loss gave {typed(got['losses'])} and {typed(got['metrics'])}, "
+                "expected two dicts: losses, metrics")
         losses, metrics = agent_numbers(n, *args, cfg)
         wrong = {hint: agent_numbers(n, *args, cfg, fault) for hint, fault in faults.items()}
         require(set(got["losses"]) == set(losses), f"ActorCritic.loss has losses "
@@ -781,6 +804,11 @@ def acting(student, rng):
                             first=np.ones((1, b), bool), at_random=at_random)
         drawn(f"Player.act(at_random={at_random})", np.bincount(
             got["out"][0][0].astype(int), minlength=4), np.full(4, 0.25), about)
+    got = student.probe("act", n=n, log_post=np.full((1, b, n["K"], n["C"]), -np.log(n["C"])),
+                        first=np.ones((1, b), bool), at_random=False)
+    drawn("Player.act, frames that tell nothing, first categorical,", np.bincount(
+        got["out"][0][1][:, 0].astype(int), minlength=n["C"]), np.full(n["C"], 1 / n["C"]),
+        "z is drawn, it is not the likeliest")
 
 
 CHECKS = {1: symlog_and_two_hot, 2: straight_through_and_unimix, 3: kl_and_its_stops,

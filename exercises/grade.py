@@ -3,6 +3,7 @@
     python exercises/grade.py hw/drama.py                      all tasks
     python exercises/grade.py hw/drama.py --tasks 3            one of them
     python exercises/grade.py hw/drama.py --json results.json  as Gradescope reads it
+    python exercises/grade.py handed-in/ --csv scores.csv      every drama.py in a folder
 
 Exit code 0 where all that was asked passes, 1 where something does not, 2 for a bad command.
 
@@ -17,6 +18,7 @@ does.
 import ast
 import base64
 import concurrent.futures
+import csv
 import functools
 import json
 import marshal
@@ -42,11 +44,11 @@ START_LIMIT = 180  # seconds for importing torch, which may be on a slow disk
 MODULES = ("torch", "numpy", "math", "functools", "itertools", "collections", "typing")
 PLACES = dict(model_losses="WorldModel.loss", dream="WorldModel.imagine", act="Player.act",
               agent_losses="ActorCritic.loss")  # what a probe is about
-NAMES = set("open exec eval compile __import__ globals locals vars getattr setattr delattr input "
+NAMES = set("open exec eval compile __import__ globals locals vars getattr setattr delattr "
             "breakpoint exit quit __builtins__ __loader__ __spec__ os sys io ctypes subprocess "
             "shutil signal zipfile json csv argparse Path importlib inspect gc pickle".split())
 ATTRIBUTES = set("from_file fromfile memmap load loadtxt genfromtxt DataSource ctypeslib jit ops "
-                 "hub classes serialization _C library utils package f_globals f_back gi_frame "
+                 "hub serialization _C library utils package f_globals f_back gi_frame "
                  "tb_frame".split())
 
 
@@ -106,28 +108,33 @@ def additions(student: ast.Module, original: ast.Module, bodies: list) -> tuple[
         taken += fresh
         used = used.union(*(mentioned(statement) for _, statement, _ in fresh))
     taken = [part for part in spare if part in taken]  # in the file's order
+    top = [s for s in top if names_of(s) & (used | {"*"})]  # editors add what nothing uses
     top += [statement for owner, statement, _ in taken if owner is None]
     return top, [(owner, method) for owner, method, _ in taken if owner]
 
 
-def inspect(nodes: list) -> None:
+def inspect(nodes: list, modules: set[str]) -> None:
     """Failed where the code names what no task needs, and a cheat does."""
     for node in (inner for outer in nodes for inner in ast.walk(outer)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = ([node.module or "."] if isinstance(node, ast.ImportFrom) else
-                       [alias.name for alias in node.names])
-            strange = [m for m in modules if m.split(".")[0] not in MODULES]
+            there = ([node.module or "."] if isinstance(node, ast.ImportFrom) else
+                     [alias.name for alias in node.names])
+            strange = [m for m in there if m.split(".")[0] not in MODULES]
+            strange += [a.name for a in node.names
+                        if a.name in NAMES | ATTRIBUTES or a.name.startswith("_")]
             if strange:
                 raise Failed(f"line {node.lineno} imports {strange[0]}: a task needs none but "
                              f"{', '.join(MODULES)}, and the original is not there while it is "
                              "graded")
         name = (node.id if isinstance(node, ast.Name) and node.id in NAMES else
                 node.attr if isinstance(node, ast.Attribute) and
-                (node.attr in ATTRIBUTES or node.attr.startswith("__") and node.attr != "__init__")
+                (node.attr in ATTRIBUTES or node.attr.startswith("__") and node.attr != "__init__"
+                 or node.attr.startswith("_") and modules & {n.id for n in ast.walk(node.value)
+                                                             if isinstance(n, ast.Name)})
                 else None)
         if name:
-            raise Failed(f"line {node.lineno} names `{name}`: no task needs it, and it is a way "
-                         "to the original; write the body yourself")
+            raise Failed(f"line {node.lineno} names `{name}`: no task needs it, and it may be a "
+                         "way to the original; call your own things otherwise")
 
 
 @functools.cache
@@ -153,7 +160,9 @@ def own(original: ast.Module, student: ast.Module, task: make.Task) -> bytes:
         raise Failed(f"the file has no function {missing[0]}")
     bodies = [mine[name] for name in task.blanks]
     body, methods = additions(student, original, bodies)
-    inspect([*bodies, *body, *(method for _, method in methods)])
+    modules = {a.asname or a.name.split(".")[0] for s in imports(original) + imports(student)
+               if isinstance(s, ast.Import) for a in s.names} | {"nn", "vector"}
+    inspect([*bodies, *body, *(method for _, method in methods)], modules)
     for name, node in zip(task.blanks, bodies):
         owner = name.rpartition(".")[0]
         methods += [(owner, node)] if owner else []
@@ -193,7 +202,7 @@ class Process:
         self.replies = queue.Queue()
         self.threads = [threading.Thread(target=self._follow, args=args, daemon=True) for args in (
             (self.process.stdout, 100_000_000, self.replies.put),
-            (self.process.stderr, 1000, printed.append))]
+            (self.process.stderr, 1000, lambda line: line.strip() and printed.append(line)))]
         for thread in self.threads:
             thread.start()
         self._send(dict(path=path))
@@ -291,7 +300,7 @@ def explain(reply: dict, when: str, lines: list[str]):
 
 def judge(task: make.Task, path: Path, seed: int = 0, limit: float = 30) -> tuple[str, list]:
     """Why a task fails, in one line, or "", and the last that a failing student's code printed."""
-    printed = deque(maxlen=5)
+    printed = deque(maxlen=20)
     try:
         code = parts(read(path), task)
         lines = path.read_bytes().decode(errors="replace").splitlines()
@@ -300,7 +309,10 @@ def judge(task: make.Task, path: Path, seed: int = 0, limit: float = 30) -> tupl
             checks.CHECKS[task.number](student, np.random.default_rng(seed))
         return "", []
     except Failed as failed:
-        return " ".join(str(failed).split()), [line.rstrip() for line in printed if line.strip()]
+        return " ".join(str(failed).split()), [line.rstrip() for line in printed]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        return (f"what came back has a form that cannot be judged ({type(error).__name__}: {error})"
+                ": does each function return what its docstring says?", [])
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -318,27 +330,13 @@ def gradescope(tasks, verdicts, seconds: float) -> dict:
                 output=f"{score} of {most} points", tests=tests)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command line; return the exit code."""
-    parser = make.Parser("grade.py", description=__doc__, allow_abbrev=False,
-                         formatter_class=make.argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="the student's drama.py")
-    parser.add_argument("--tasks", help="such as 1,4; all if left out")
-    parser.add_argument("--json", type=Path, help="write Gradescope's results.json there")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the numbers asked with (0)")
-    parser.add_argument("--limit", type=float, default=30, help="seconds for each task (30)")
-    parser.add_argument("--jobs", type=int, default=1, help="tasks graded at once (1)")
-    args = parser.parse_args(argv)
-    tasks = make.choose(args.tasks)
-    if not args.file.is_file():
-        raise make.Refusal(f"{args.file}: no such file; make one with exercises/make.py")
-    if args.jobs < 1 or args.limit <= 0 or args.seed < 0:
-        raise make.Refusal("--jobs and --limit must be above 0, --seed 0 or above; see --help")
+def grade(file: Path, tasks, args) -> dict:
+    """Print a file's table -> its results."""
     begun, verdicts = time.monotonic(), []
     print(f"{'task':<46} points")
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         for task, (failed, printed) in zip(tasks, pool.map(
-                lambda task: judge(task, args.file, args.seed, args.limit), tasks)):
+                lambda task: judge(task, file, args.seed, args.limit), tasks)):
             verdicts.append((failed, printed))
             print(f"{task.number:>2} {task.title:<43} {0 if failed else task.points:>2}/"
                   f"{task.points:<2}  {failed or 'passed'}", flush=True)
@@ -346,9 +344,41 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{'':>10}printed: {line[:120]}", flush=True)
     results = gradescope(tasks, verdicts, time.monotonic() - begun)
     print(f"{results['output']}, in {results['execution_time']} seconds")
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; return the exit code."""
+    parser = make.Parser("grade.py", description=__doc__, allow_abbrev=False,
+                         formatter_class=make.argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="the student's drama.py; or a folder: all in it")
+    parser.add_argument("--tasks", help="such as 1,4; all if left out")
+    parser.add_argument("--json", type=Path, help="write Gradescope's results.json there")
+    parser.add_argument("--csv", type=Path, help="write a row of points for each file there")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the numbers asked with (0)")
+    parser.add_argument("--limit", type=float, default=30, help="seconds for each task (30)")
+    parser.add_argument("--jobs", type=int, default=1, help="tasks graded at once (1)")
+    args = parser.parse_args(argv)
+    tasks = make.choose(args.tasks)
+    files = sorted(args.file.rglob("drama.py")) if args.file.is_dir() else [args.file]
+    if not files or not files[0].is_file():
+        raise make.Refusal(f"{args.file}: no such file; make one with exercises/make.py")
+    if args.json and args.file.is_dir():
+        raise make.Refusal("--json is for one file; for a folder use --csv")
+    if args.jobs < 1 or args.limit <= 0 or args.seed < 0:
+        raise make.Refusal("--jobs and --limit must be above 0, --seed 0 or above; see --help")
+    results, rows = {}, [["file", *(f"task {task.number}" for task in tasks), "points"]]
+    for file in files:
+        if len(files) > 1:
+            print(f"\n{file}")
+        results = grade(file, tasks, args)
+        rows.append([file, *(test["score"] for test in results["tests"]), results["score"]])
+        if args.csv:  # after each file: a class takes a while
+            with args.csv.open("w", newline="", encoding="utf-8") as table:
+                csv.writer(table).writerows(rows)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return int(any(failed for failed, _ in verdicts))
+    return int(any(row[-1] < sum(task.points for task in tasks) for row in rows[1:]))
 
 
 if __name__ == "__main__":

@@ -247,8 +247,10 @@ def write(folder: str, text: str, force: bool) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     (path.parent / "experiments").mkdir(exist_ok=True)
-    for name in ("gridworld.py", "pictures.py"):  # what drama.py finds there
-        shutil.copy(ORIGINAL.parent / "experiments" / name, path.parent / "experiments")
+    for name in ("experiments/gridworld.py", "experiments/pictures.py",  # what drama.py finds
+                 "mamba2_ref.py", "requirements.txt"):  # what tasks 7 and 8 say to read, and pip
+        if force or not (path.parent / name).exists():
+            shutil.copy(ORIGINAL.parent / name, path.parent / name)
     return path
 
 

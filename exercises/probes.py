@@ -3,7 +3,7 @@
 grade.py starts it, sends the module to grade, then one request a line as JSON, and gets one reply a
 line. A request names a probe, one of a function of the table PROBES: it calls the student's
 function and returns plain numbers, which grade.py compares with oracles that this process never
-sees. So there is nothing here to patch, to read or to forge: a right number is a right number.
+sees. So no answer can be read or forged here: a right number is a right number.
 Each reply repeats the request's nonce. Prints go elsewhere, and the process is left at the first
 attempt to open a file, start a process, use the network or call C (`guard`).
 
@@ -145,7 +145,7 @@ def call(drama, name, args, init=(), keywords=None, weight=None, wrt=None):
     out = find(drama, name, init)(*args, **keywords or {})
     answer = dict(out=out, args=args)
     if wrt is not None:
-        head = out[0] if isinstance(out, tuple) else out
+        head = out[0] if isinstance(out, (tuple, list)) else out
         answer["grad"] = None
         if isinstance(head, Tensor) and head.requires_grad:
             (answer["grad"],) = torch.autograd.grad((weight * head).sum(), args[wrt],
