@@ -2171,11 +2171,13 @@ def test_what_play_cannot_do_it_says_in_a_line(line, words, monkeypatch, capsys)
 
 @pytest.mark.parametrize("line, words", [
     ("nowhere x.pt", "nowhere"), ("torn x.pt", "no whole checkpoint"), ("run", "file"),
-    ("run no/x.pt", "no/x.pt|No such file")])
+    ("run no/x.pt", "no/x.pt|No such file"),
+    ("whole whole/checkpoint.pt", "the run's own checkpoint")])
 def test_what_cannot_be_exported_is_said_in_a_line(line, words, capsys):
-    for name in ("run", "torn"):
+    for name in ("run", "torn", "whole"):
         Path(name).mkdir()
     write_checkpoint(NEWEST)
+    write_checkpoint("whole/checkpoint.pt")
     Path("torn/checkpoint.pt").write_bytes(b"PK")
     assert export.main(line.split()) == 2
     told = capsys.readouterr().err
@@ -2394,6 +2396,31 @@ def test_curves_bands_lie_between_the_seeds(tmp_path):
     assert len(curves.draw("GridWorld", many, {}, "", 2).axes[0].lines) == len(many)
 
 
+@pytest.mark.parametrize("name, line, words", [
+    ("curves", "--game GridWorld --group A a.csv --group A b.csv --out x.png", "A is given twice"),
+    ("curves", "--game GridWorld --group A a.csv b.csv --out x.png", "no steps in common"),
+    ("curves", "--game GridWorld --group A a.csv --out x.xyz", "ends in .png"),
+    ("curves", "--game GridWorld --group A a.csv --out no/x.png", "no/x.png"),
+    ("curves", "--game GridWorld --group A cut.csv --out x.png", "cut.csv: not an episodes.csv"),
+    ("curves", "--game GridWorld --group A young.csv --out x.png", "young.csv: not an episodes"),
+    ("curves", "--game GridWorld --group A a.csv --out x.png --mean 0", "--mean 0"),
+    ("by_steps", "cut.csv", "cut.csv: not a table of numbers"),
+    ("by_steps", "young.csv", "no rows with a step"),
+    ("by_steps", "metrics.csv", "no column `return`"),
+    ("long_sequence", "--out a --lengths 52 --trained", "not a table of this script"),
+    ("long_sequence", "--out new --lengths --trained", "both empty"),
+])
+def test_bad_tables_and_names_are_said_in_a_line(name, line, words, capsys):
+    head = "step,seconds,episode,return,length\n"
+    for file, text in (("a", f"{head}10,1,1,2,10\n20,2,2,3,10\n"), ("young", head),
+                       ("b", f"{head}30,1,1,2,10\n40,2,2,3,10\n"), ("cut", f"{head}10,1,1,2,1\n1"),
+                       ("metrics", "step,kl\n10,1\n")):
+        Path(f"{file}.csv").write_text(text)
+    assert experiment(name).main(line.split()) == 2
+    told = capsys.readouterr().err
+    assert words in told and re.fullmatch(rf"{name}\.py: [^\n]+\n", told), told
+
+
 def test_weights_by_age_begin_with_the_newest():
     counts = experiment("dfs_counts")
     arms = {"DFS": dict(train=torch.arange(100.0), dream=torch.ones(100))}
@@ -2428,11 +2455,12 @@ if got:
 if game == "Boxing":
     sys.exit("drama.py: the disk is full")
 if game == "Breakout":
-    print("drama.py: run is in use by another process; use another --out")
+    print("\\r 1%|  | 8/9 kl=0.6]drama.py: run is in use by another process; use another --out"
+          "\\n\\r 2%|  | 9/9")
     sys.exit(2)
 if episodes:
     out.joinpath("evaluation.json").write_text(json.dumps(dict(
-        step=1200, episodes=episodes, scores=[seed, 2.0], mean=14.6)))
+        game=game, step=1200, episodes=episodes, scores=[seed, 2.0], mean=14.6)))
 """
 
 
@@ -2488,7 +2516,8 @@ def test_suite_runs_what_is_unfinished_and_goes_on_after_a_failure(suite, capsys
 
 
 @pytest.mark.skipif(os.name == "nt", reason="on Windows the console signals the children")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+                         if os.name != "nt" else [])
 def test_suite_stops_its_children_and_waits_for_them(number, suite, capsys):
     def send():
         while len(list(Path("all").glob("*/metrics.csv"))) < 2:
@@ -2499,10 +2528,35 @@ def test_suite_stops_its_children_and_waits_for_them(number, suite, capsys):
     thread.start()
     assert suite.main("--games Qbert --seeds 3 --jobs 2 --folder all".split()) == 128 + number
     thread.join()
-    assert [call["got"] for call in calls()] == [[number]] * 2  # once each; the third never began
+    passed_on = signal.SIGTERM if number == signal.SIGHUP else number  # which drama.py knows
+    assert [call["got"] for call in calls()] == [[passed_on]] * 2  # once each, the third not begun
     said = capsys.readouterr().out
     assert "at step 40 of 100,000" in words_of(said, "Qbert seed 1: stopped")
     assert "FAILED" not in said and said.endswith("stopped; the same command goes on\n")
+
+
+def test_suite_leaves_no_child_behind_when_it_cannot_go_on(suite, capsys, monkeypatch):
+    start, begun = suite.Run.start, []
+    monkeypatch.setattr(suite.Run, "start", lambda *a: (begun.append(a[0]), start(*a)))
+    Path("all").mkdir()
+    Path("all/Pong-0").write_text("no folder")
+    assert suite.main("--games Qbert Pong --jobs 2 --folder all".split()) == 2
+    assert "all/Pong-0" in capsys.readouterr().err
+    assert [run.game for run in begun] == ["Qbert", "Pong"]
+    assert begun[0].child.wait(20)  # it plays on until it is told
+
+
+def test_suite_reads_files_that_are_none_of_its_own(suite, capsys):
+    line = "--games Pong Alien Pong --folder all --report --steps 1200 --eval 2".split()
+    for name, text in (("evaluation.json", "[1, 2]"), ("evaluation.json", '{"step": 1200}'),
+                       ("config.json", "3"), ("metrics.csv", "a,b\n1,2\n"),
+                       ("evaluation.json", json.dumps(dict(game="Boxing", step=1200, episodes=2,
+                                                           mean=3.0)))):
+        Path("all/Pong-0").mkdir(parents=True, exist_ok=True)
+        Path("all/Pong-0", name).write_text(text)
+        assert suite.main(line) == 0
+        assert "0 of 2 runs finished, 0 of 2 games" in capsys.readouterr().out
+    assert suite.main([*line, "--table", "v1.2"]) == 0 and Path("v1.2.csv").exists()
 
 
 @pytest.mark.slow
@@ -2537,6 +2591,8 @@ def test_suite_refuses_in_one_line(suite, capsys, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
     assert suite.main([]) == 2 and "process 7 of 3" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "x")
+    assert suite.main([]) == 2 and "unset them, or mend them" in capsys.readouterr().err
     assert not Path("calls").exists()
 
 

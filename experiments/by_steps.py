@@ -24,10 +24,11 @@ SHOWN = {"dream": "imagined_reward", "entropy": "policy_entropy", "range": "retu
 
 def columns(path: Path, every: int) -> dict:
     """A CSV with a column `step`: its columns as arrays, `step` as the number of its stretch."""
-    with open(path) as file:
-        rows = list(csv.DictReader(file))
-    names = [name for name in (rows or [{}])[0] if name]  # None: cells that an old header lacks
-    table = {name: np.array([float(row[name]) for row in rows]) for name in names}
+    with drama.guard(f"{path}: not a table of numbers, or cut short", "name another file"):
+        with open(path) as file:
+            rows = list(csv.DictReader(file))
+        names = [name for name in (rows or [{}])[0] if name]  # None: cells that an old header lacks
+        table = {name: np.array([float(row[name]) for row in rows]) for name in names}
     if "step" not in table:
         drama.refuse(f"{path}: no rows with a step")
     last = (table["step"].max() - 1) // every
@@ -37,6 +38,8 @@ def columns(path: Path, every: int) -> dict:
 def tell(path: Path, every: int) -> None:
     """The lines of a run."""
     played = columns(path, every)
+    if "return" not in played:
+        drama.refuse(f"{path}: no column `return`; name an episodes.csv")
     of_a_folder = path.name == "episodes.csv"
     beside = path.with_name("metrics.csv" if of_a_folder else f"{path.stem}-metrics.csv")
     logged = columns(beside, every) if beside.is_file() else {}
@@ -66,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             drama.refuse(f"--every {args.every}: must be 1 or more")
         for path in args.files:
             tell(path, args.every)
-    except (drama.Refusal, OSError, ValueError, KeyError) as error:  # a file of other columns, too
+    except (drama.Refusal, OSError, KeyError) as error:  # metrics of other columns, too
         drama.say(f"by_steps.py: {error}", sys.stderr)
         return 2
     return 0

@@ -59,10 +59,12 @@ def random_return(episodes: int = 500) -> float:
 
 def read(name: str, k: int) -> Episodes:
     """An episodes.csv, as means of k."""
-    with open(name) as file:
-        rows = list(csv.DictReader(file))
-    steps, seconds, returns = (np.array([float(row[column]) for row in rows])
-                               for column in ("step", "seconds", "return"))
+    with drama.guard(f"{name}: not an episodes.csv, empty or cut short", "name another file"):
+        with open(name) as file:
+            rows = list(csv.DictReader(file))
+        steps, seconds, returns = (np.array([float(row[column]) for row in rows])
+                                   for column in ("step", "seconds", "return"))
+        steps[0]
     k = min(k, len(returns))
     mean = np.convolve(returns, np.ones(k) / k, mode="valid")
     return Episodes(steps[k - 1:], seconds[k - 1:] / 60, mean)
@@ -80,13 +82,16 @@ def tell(name: str, run: Episodes, k: int, marks, level) -> None:
         words.append(f"passes {level:.2f} " + (
             f"at step {run.steps[passed[0]]:,.0f}, {run.minutes[passed[0]]:.1f} min"
             if len(passed) else "never"))
-    print(f"{name}, mean of {k}: " + "; ".join(words))
+    drama.say(f"{name}, mean of {k}: " + "; ".join(words))
 
 
 def band(axis, along: str, name: str, runs: list[Episodes], dashes: str, colour: str) -> None:
     """A group: its mean, and from the worst to the best run, where all of them have played."""
     at = [getattr(run, along) for run in runs]
-    x = np.linspace(max(a[0] for a in at), min(a[-1] for a in at), 300)
+    begin, end = max(a[0] for a in at), min(a[-1] for a in at)
+    if begin > end:
+        drama.refuse(f"--group {name}: its runs have no {along} in common")
+    x = np.linspace(begin, end, 300)
     means = np.stack([np.interp(x, a, run.mean) for a, run in zip(at, runs)])
     axis.fill_between(x, means.min(0), means.max(0), color=colour, alpha=0.2, lw=0)
     seeds = f"{len(runs)} seeds" if len(runs) > 1 else "one seed"
@@ -133,7 +138,7 @@ def draw_folder(folder: Path, k: int):
     """A panel for each game of Atari 100k that has begun, a curve for each seed."""
     from matplotlib import pyplot
     files = {game: [path for path in sorted(folder.glob(f"{game}-*/episodes.csv"))
-                    if path.stat().st_size] for game in PUBLISHED}
+                    if len(path.read_text().splitlines()) > 1] for game in PUBLISHED}
     files = {game: paths for game, paths in files.items() if paths}
     if not files:
         drama.refuse(f"--folder {folder}: no episode of any game has ended")
@@ -169,6 +174,8 @@ def compare(args):
         levels = pictures.levels(args.game)
     groups = {}
     for name, *patterns in args.group:
+        if name in groups:
+            drama.refuse(f"--group {name} is given twice; name all its files at once")
         files = sorted(file for pattern in patterns for file in glob.glob(pattern) or [pattern])
         missing = [file for file in files if not Path(file).is_file()]
         if missing or not files:
@@ -201,12 +208,15 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if bool(args.folder) == bool(args.game and args.group):
             drama.refuse("give --game and --group, or --folder")
+        if args.mean < 1:
+            drama.refuse(f"--mean {args.mean}: must be 1 or more")
+        pictures.writable(args.out)
         figure = draw_folder(args.folder, args.mean) if args.folder else compare(args)
         figure.savefig(args.out, dpi=128)
     except (drama.Refusal, OSError) as error:
         drama.say(f"curves.py: {error}", sys.stderr)
         return 2
-    print(args.out)
+    drama.say(args.out)
     return 0
 
 

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drama  # noqa: E402
+from experiments import pictures  # noqa: E402
 
 ARMS = ("--preset paper", "--preset laptop",
         f"--preset laptop --temperature {drama.Config.temperature:g}",  # the paper's
@@ -73,9 +74,14 @@ def draw(arms: dict):
 def main() -> None:
     """Print the tables; draw the weights."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = drama.refuse
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--picture", default="")
     args = parser.parse_args()
+    if not 1000 <= args.rows <= 1_000_000:
+        drama.refuse(f"--rows {args.rows}: must lie from 1000 to 1000000")
+    if args.picture:
+        pictures.writable(args.picture)
     drawn = arms(args.rows)
     for name, columns in drawn.items():
         never = (columns["v"] == 0).float().mean()
@@ -91,4 +97,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (drama.Refusal, OSError) as error:
+        drama.say(f"dfs_counts.py: {error}", sys.stderr)
+        sys.exit(2)

@@ -47,10 +47,11 @@ def load(path: Path, with_replay: bool):
     saved = drama.load_checkpoint(path / "checkpoint.pt", device, {})
     cfg, step, replay = drama.Config(**saved["config"]), saved["at"]["step"], None
     if with_replay:
-        replay = drama.Replay(dataclasses.replace(cfg, steps=step), device)
-        replay.load_state_dict(saved["replay"])
-        replay.frame = torch.from_numpy(np.memmap(path / "frames.bin", np.uint8, "c",
-                                                  shape=tuple(replay.frame.shape)))
+        with drama.guard(f"{path}: no replay that fits its checkpoint", "name a run that trained"):
+            replay = drama.Replay(dataclasses.replace(cfg, steps=step), device)
+            replay.load_state_dict(saved["replay"])
+            replay.frame = torch.from_numpy(np.memmap(path / "frames.bin", np.uint8, "c",
+                                                      shape=tuple(replay.frame.shape)))
     return cfg, *drama.rebuild(saved, cfg, device), step, replay
 
 
@@ -165,16 +166,17 @@ def look_at_training(cfg, model, replay) -> None:
 def main() -> None:
     """Load, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = drama.refuse
     parser.add_argument("run")
     parser.add_argument("--recent", type=int, default=4000, help="how many of the last steps")
     parser.add_argument("--fresh", type=int, default=0, help="play so many steps, look at those")
     parser.add_argument("--random", action="store_true", help="in --fresh act at random")
     args = parser.parse_args()
-    try:
-        cfg, model, agent, step, replay = load(Path(args.run), not args.fresh)
-    except drama.Refusal as error:
-        parser.error(str(error))
+    cfg, model, agent, step, replay = load(Path(args.run), not args.fresh)
     torch.manual_seed(0)
+    needed, asked = cfg.context + 2 * cfg.horizon, args.fresh or min(args.recent, step)
+    if asked < needed:
+        drama.refuse(f"{needed} steps are needed, in the run, in --recent and in --fresh")
     played = "played in training"
     if args.fresh:
         player = None if args.random else drama.Player(cfg, model, agent, 1, torch.device("cpu"))
@@ -182,9 +184,6 @@ def main() -> None:
         args.recent, played = args.fresh, "of fresh random play" if args.random else "of fresh play"
     recent = min(args.recent, replay.size)
     rows = windows(cfg, replay.size - recent, replay.size)
-    if len(rows) < 2:
-        parser.error(f"needs {cfg.context + 2 * cfg.horizon} steps, in the run, in --recent and in "
-                     "--fresh")
     batch = replay.batch(rows)
     print(f"{cfg.game}, step {step:,}, {recent:,} steps {played}: {len(rows)} windows of "
           f"{rows.shape[1]}")
@@ -204,4 +203,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except drama.Refusal as error:
+        drama.say(f"diagnose.py: {error}", sys.stderr)
+        sys.exit(2)

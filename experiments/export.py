@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         own = parser.parse_args(argv)
         source = own.run / "checkpoint.pt"
+        if own.file.resolve() == source.resolve():
+            drama.refuse(f"{own.file} is the run's own checkpoint; name another file")
         saved = export(drama.load_checkpoint(source, torch.device("cpu"), {}))
         with open(own.file, "wb") as file:
             torch.save(saved, file)

@@ -368,6 +368,8 @@ def draw_reading(run: Trained):
     for name in ("metrics", "episodes"):
         with open(run.folder / f"{name}.csv") as file:
             rows = list(csv.DictReader(file))
+        if not rows:
+            drama.refuse(f"{run.folder}/{name}.csv has no row yet; train it longer")
         tables[name] = {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
     metrics, episodes, cfg = tables["metrics"], tables["episodes"], run.cfg
     see_first = cfg.see_first * cfg.train_every
@@ -400,12 +402,12 @@ def draw_reading(run: Trained):
                   loc="outside upper center", frameon=False)
     for axis in axes[-1]:
         axis.set_xlabel("environment steps")
-    print("| logged | first row | greatest | last five rows |\n| --- | --- | --- | --- |")
+    drama.say("| logged | first row | greatest | last five rows |\n| --- | --- | --- | --- |")
     for name, column in metrics.items():
         column = column[~np.isnan(column)]
         if len(column):
             told = column[0], column.max(), column[-5:].mean()
-            print(f"| {name} | " + " | ".join(f"{x:.3g}" for x in told) + " |")
+            drama.say(f"| {name} | " + " | ".join(f"{x:.3g}" for x in told) + " |")
     return figure
 
 
@@ -437,15 +439,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/figures"))
     parser.add_argument("--only", nargs="*", choices=("model", *FIGURES, "dfs"),
                         help="some of them")
-    args = parser.parse_args()
+    parser.error = drama.refuse
     try:
+        args = parser.parse_args()
         args.out.mkdir(parents=True, exist_ok=True)
         run = load(args.run)
-        print(f"{run.cfg.game}, step {run.replay.size:,}")
+        drama.say(f"{run.cfg.game}, step {run.replay.size:,}")
         for name in args.only or ("model", *FIGURES, "dfs"):
-            print(draw(run, name, args.out))
+            drama.say(str(draw(run, name, args.out)))
     except (drama.Refusal, OSError) as error:
-        print(f"figures.py: {error}", file=sys.stderr)
+        drama.say(f"figures.py: {error}", sys.stderr)
         sys.exit(2)
 
 

@@ -164,6 +164,11 @@ def main() -> int:
     if programs() is None:
         print("film.py: no Chromium with chromedriver here", file=sys.stderr)
         return 2
+    try:
+        open(own.file, "ab").close()
+    except OSError as error:
+        print(f"film.py: {error}", file=sys.stderr)
+        return 2
     play = subprocess.Popen([sys.executable, PLAY, "--no-browser", "--port", "0",
                              "--speed", str(FILM_SPEED), *rest],
                             stdout=subprocess.PIPE, text=True)

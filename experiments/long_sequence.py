@@ -211,9 +211,12 @@ def read(path: Path) -> list[dict]:
     """The rows so far; numbers as numbers, what was not measured as NaN."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return [{k: v if k == "backbone" else float(v or "nan") for k, v in row.items()}
-                for row in csv.DictReader(file)]
+    with drama.guard(f"{path}: not a table of this script", "name another --out"):
+        with open(path, newline="") as file:
+            rows = [{k: v if k == "backbone" else float(v or "nan") for k, v in row.items()}
+                    for row in csv.DictReader(file)]
+        # a row that was cut short is not there
+        return [row for row in rows if row["backbone"] and row["step_ms"] == row["step_ms"]]
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -275,7 +278,7 @@ def draw(rows: list[dict], path: Path) -> None:
 def make_rows(args, lengths: list[int]) -> None:
     """Make the rows that are not there yet, draw."""
     drama.keep_freed_pages()
-    table = args.out.with_suffix(".csv")
+    table, picture = (args.out.with_name(args.out.name + end) for end in (".csv", ".png"))
     rows = read(table)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler keeps its own messages
     for length, name in itertools.product(lengths, args.backbones):
@@ -292,8 +295,8 @@ def make_rows(args, lengths: list[int]) -> None:
         write(table, rows)
         print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                         for k, v in row.items() if v == v), flush=True)
-    draw(rows, args.out.with_suffix(".png"))
-    print(f"{table}, {args.out.with_suffix('.png')}")
+    draw(rows, picture)
+    drama.say(f"{table}, {picture}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -316,6 +319,8 @@ def main(argv: list[str] | None = None) -> int:
             raise drama.Refusal(f"--lengths {wrong[0]}: must be {FRAME} times 2 or more")
         if args.width < 8 or args.width % 2 or args.tokens < 1:
             raise drama.Refusal("--width must be even and 8 or more, --tokens 1 or more")
+        if not lengths:
+            raise drama.Refusal("--lengths and --trained are both empty")
         if not args.out.parent.is_dir():
             raise drama.Refusal(f"--out {args.out}: no such folder")
         make_rows(args, lengths)

@@ -66,13 +66,16 @@ def main(argv: list[str] | None = None) -> int:
         cfg = dataclasses.replace(cfg, **{name: getattr(asked, name) for name in given})
         replay.cfg = model.cfg = drama.validate(cfg)
         torch.manual_seed(cfg.seed)
+        own.out.mkdir(parents=True)  # now: it would be a pity to find out afterwards
         agent = learn(cfg, model, replay, own.updates)
-        own.out.mkdir(parents=True)
         torch.save(dict(config=vars(cfg), at=dict(step=step), model=model.state_dict(),
                         agent=agent.state_dict()), own.out / "checkpoint.pt")
     except (drama.Refusal, OSError) as error:
         drama.say(f"new_agent.py: {error}", sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        own.out.rmdir()
+        return 130
     drama.say(f"{own.out / 'checkpoint.pt'}: {cfg.game}, the world model of step {step:,}")
     return 0
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure  # no pyplot: it would ask for a screen
 from PIL import Image, ImageDraw, ImageFont
 from torch.distributions import OneHotCategorical
@@ -20,6 +21,13 @@ def levels(game: str) -> dict[str, float]:
     with open(Path(__file__).parent.parent / "results" / "atari100k.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["game"] == game]
     return {who: float(row[who]) for row in rows for who in ("random", "human", "Drama")}
+
+
+def writable(path) -> None:
+    """OSError where no picture can be written to the path: ask before the work, not after it."""
+    if Path(path).suffix[1:] not in FigureCanvasBase.filetypes:
+        raise OSError(f"{path}: name a file that ends in .png, .pdf or .svg")
+    open(path, "ab").close()
 
 
 def draw(folder: Path, cfg, model, replay) -> None:

@@ -541,12 +541,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def make_gif(stage: Stage, path: Path, steps: int, speed: int) -> None:
     """The agent plays in its dream, and the game gets the same actions."""
-    shots = [shoot(stage)]
-    with open(path, "wb") as file:
-        for _ in range(steps):
-            stage.step(stage.agents_choice("dream"))
-            shots.append(shoot(stage))
-        write_gif(shots, file, speed)
+    open(path, "ab").close()  # can it be written to? What is there stays until the end
+    shots, film = [shoot(stage)], io.BytesIO()
+    for _ in range(steps):
+        stage.step(stage.agents_choice("dream"))
+        shots.append(shoot(stage))
+    write_gif(shots, film, speed)
+    path.write_bytes(film.getvalue())
     drama.say(f"{path}: {steps} steps, reward {stage.sums[0]:g} in the game, "
               f"{stage.sums[1]:.1f} in the dream")
 

@@ -87,10 +87,13 @@ def make_stages(cfg, run, learning, agent, player, rows: int, device, autocast) 
 def main() -> None:
     """Build the parts as `train` does and time them."""
     own = argparse.ArgumentParser(add_help=False)
+    own.error = drama.refuse
     own.add_argument("--rows", type=int, default=3000)
     own, rest = own.parse_known_args()
     drama.keep_freed_pages()
     cfg, _ = drama.parse(rest)
+    if own.rows < (least := max(cfg.batch_size + cfg.batch_length, cfg.context)):
+        drama.refuse(f"--rows {own.rows}: must be {least} or more")
     scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # gone when the program ends
     cfg = dataclasses.replace(cfg, steps=own.rows + 1, out=scratch.name, see_first=0)
     device, precision = drama.choose_device(cfg)

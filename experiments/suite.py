@@ -19,6 +19,7 @@ torchrun stops all processes when one fails; under it a failed run is told in wo
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
@@ -36,6 +37,7 @@ import numpy as np
 DRAMA = Path(__file__).resolve().parent.parent / "drama.py"
 sys.path.insert(0, str(DRAMA.parent))
 import drama  # noqa: E402
+from drama import say  # noqa: E402
 
 PUBLISHED = {row["game"]: row for row in csv.DictReader(  # mean scores
     (DRAMA.parent / "results" / "atari100k.csv").read_text().splitlines())}
@@ -53,18 +55,19 @@ def human_normalised(game: str, score: float) -> float:
 
 
 def read_json(path: Path) -> dict:
-    """What the file holds; nothing where it is not there or was cut short."""
+    """What the file holds; nothing where it is not there, was cut short or is something else."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Run:
     """A game and a seed: its folder, its settings, its command, and what its files say."""
 
     def __init__(self, game: str, seed: int, args, flags: list[str]):
-        self.game, self.seed, self.episodes = game, seed, args.eval
+        self.game, self.seed, self.episodes, self.child = game, seed, args.eval, None
         self.dir = Path(args.folder) / f"{game}-{seed}"
         self.log, self.name = self.dir / "suite.log", f"{game} seed {seed}"
         self.flags = ["--game", game, "--seed", str(seed), "--out", str(self.dir), *flags]
@@ -74,25 +77,42 @@ class Run:
             raise drama.Refusal("the suite sets --game, --seed, --out and --checkpoint; give it "
                                 "--games, --first-seed and --folder")
 
+    def settings(self) -> dict:
+        """config.json."""
+        return read_json(self.dir / "config.json")
+
+    def evaluation(self) -> dict:
+        """evaluation.json, if it is one of this game."""
+        found = read_json(self.dir / "evaluation.json")
+        numbers = all(isinstance(found.get(name), (int, float))
+                      for name in ("step", "episodes", "mean"))
+        return found if numbers and found.get("game") == self.game else {}
+
     def differences(self, names) -> list[str]:
         """Which of the settings `names` are not those that the run was begun with."""
-        theirs, ours = read_json(self.dir / "config.json"), dataclasses.asdict(self.cfg)
+        theirs, ours = self.settings(), dataclasses.asdict(self.cfg)
         return [f"{name} was {theirs[name]}, now {ours[name]}" for name in ours.keys() & names
                 if name not in drama.ANYTIME and theirs.get(name, ours[name]) != ours[name]]
 
     def result(self, names) -> dict | None:
         """evaluation.json of a finished run with these settings; None for any other run."""
-        found = read_json(self.dir / "evaluation.json")
-        whole = found.get("step") == self.cfg.steps and found["episodes"] >= self.episodes
-        return found if whole and not self.differences(names) else None
+        found = self.evaluation()
+        whole = found and found["step"] == self.cfg.steps and found["episodes"] >= self.episodes
+        return found if whole and self.settings() and not self.differences(names) else None
 
     def table(self, name: str) -> list[dict]:
         """The rows of a CSV file of the run, none where it is not there."""
         try:
             with open(self.dir / name, newline="") as file:
                 return list(csv.DictReader(file))
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, csv.Error):
             return []
+
+    def last(self, column: str) -> float:
+        """A column's last number in metrics.csv; 0 where there is none."""
+        with contextlib.suppress(IndexError, KeyError, TypeError, ValueError):
+            return float(self.table("metrics.csv")[-1][column])
+        return 0.0
 
     def state(self) -> str:
         """How far a run has come that is not finished."""
@@ -100,8 +120,7 @@ class Run:
             return f"with other settings: {', '.join(differ)}"
         if not (self.dir / "config.json").exists():
             return "at its beginning"
-        step = int((self.table("metrics.csv") or [{"step": 0}])[-1]["step"])
-        found = read_json(self.dir / "evaluation.json")
+        step, found = int(self.last("step")), self.evaluation()
         played = (f"evaluated at step {found['step']:,} over {found['episodes']} episodes" if found
                   else "not evaluated")
         return f"at step {step:,} of {self.cfg.steps:,}, {played}"
@@ -133,13 +152,15 @@ class Run:
 
 def share(env) -> tuple[int, int]:
     """(rank, world) of this process, from the variables of torchrun and of a SLURM array."""
-    rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    if "SLURM_ARRAY_TASK_ID" in env:
-        task = int(env["SLURM_ARRAY_TASK_ID"]) - int(env.get("SLURM_ARRAY_TASK_MIN", 0))
-        tasks = int(env["SLURM_ARRAY_TASK_COUNT"])
-        rank, world = task * world + rank, tasks * world
+    with drama.guard("RANK, WORLD_SIZE or SLURM_ARRAY_TASK_*", "unset them, or mend them"):
+        rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        if "SLURM_ARRAY_TASK_ID" in env:
+            task = int(env["SLURM_ARRAY_TASK_ID"]) - int(env.get("SLURM_ARRAY_TASK_MIN", 0))
+            tasks = int(env["SLURM_ARRAY_TASK_COUNT"])
+            rank, world = task * world + rank, tasks * world
     if not 0 <= rank < world:
-        raise drama.Refusal(f"process {rank} of {world}: number an array without gaps, --array=0-9")
+        raise drama.Refusal(f"process {rank} of {world} (RANK, WORLD_SIZE, SLURM_ARRAY_TASK_*): "
+                            "number an array without gaps, --array=0-9")
     return rank, world
 
 
@@ -150,9 +171,10 @@ def tell_end(run: Run, stopped: bool) -> str:
     if code == 0 and not run.evaluating and not stopped:
         return "trained"
     lines = re.split(r"[\r\n]+", run.said().strip())
-    last = next((line for line in reversed(lines) if line.startswith("drama.py: ")), lines[-1])
+    # it may stand behind the bar of the process that has the folder and writes to the same log
+    last = (re.findall("drama.py: .*", "\n".join(lines)) or lines)[-1]
     if code == 0 and (result := run.result(wanted)):
-        minutes = float((run.table("metrics.csv") or [{"seconds": "nan"}])[-1]["seconds"]) / 60
+        minutes = run.last("seconds") / 60
         score, again = result["mean"], shlex.join(["python", "drama.py", *run.flags])
         end, words = "finished", (
             f"finished, score {score:.2f}, human-normalised "
@@ -166,7 +188,7 @@ def tell_end(run: Run, stopped: bool) -> str:
     else:
         why = last if code else run.state()
         end, words = "failed", f"FAILED, exit code {code}: {why} ({run.log})"
-    print(f"{run.name}: {words}", flush=True)
+    say(f"{run.name}: {words}")
     return end
 
 
@@ -176,14 +198,15 @@ def work(waiting: list[Run], jobs: int, cores: list, received: list[int]) -> lis
     while running or (waiting and not received):
         while waiting and not received and len(running) < jobs:
             slot, run = min(set(range(jobs)) - running.keys()), waiting.pop(0)
-            print(f"{run.name}: begins {run.state()}", flush=True)
+            say(f"{run.name}: begins {run.state()}")
             run.start(cores[slot])
             running[slot] = run
         for number in received[passed_on:]:
             passed_on += 1
             for run in running.values():
                 if os.name != "nt":  # on Windows the console's Ctrl-C reaches the children itself
-                    run.child.send_signal(number)
+                    run.child.send_signal(signal.SIGINT if number == signal.SIGINT
+                                          else signal.SIGTERM)
         for slot, run in list(running.items()):
             if run.child.poll() is None:
                 continue
@@ -203,24 +226,31 @@ def run_all(runs: list[Run], jobs: int) -> int:
     runs[0].dir.parent.mkdir(parents=True, exist_ok=True)
     mine = runs[rank::world]
     unfinished = [run for run in mine if run.result(dataclasses.asdict(run.cfg)) is None]
-    print(f"process {rank} of {world}: {len(mine)} of {len(runs)} runs, {len(unfinished)} of them "
-          f"unfinished, {jobs} at once", flush=True)
+    say(f"process {rank} of {world}: {len(mine)} of {len(runs)} runs, {len(unfinished)} of them "
+        f"unfinished, {jobs} at once")
     held = hasattr(os, "sched_setaffinity")
     have = sorted(os.sched_getaffinity(0)) if held else [None]
     cores = [have[(rank * jobs + slot) % len(have)] for slot in range(jobs)]
-    received = []
+    received, numbers = [], [signal.SIGINT, signal.SIGTERM]
+    if os.name != "nt" and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+        numbers.append(signal.SIGHUP)  # the terminal was closed
     old = {number: signal.signal(number, lambda number, _: received.append(number))
-           for number in (signal.SIGINT, signal.SIGTERM)}
+           for number in numbers}
     try:
         ends = work(unfinished, jobs, cores, received)
+    except BaseException:
+        for run in unfinished:  # they must not go on without their keeper
+            if run.child and run.child.poll() is None:
+                run.child.terminate()
+        raise
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
     count = {end: ends.count(end) for end in ("finished", "failed", "busy")}
-    print(f"process {rank} of {world}: {count['finished']} finished, {count['failed']} failed, "
-          f"{count['busy']} skipped", flush=True)
+    say(f"process {rank} of {world}: {count['finished']} finished, {count['failed']} failed, "
+        f"{count['busy']} skipped")
     if received:
-        print("stopped; the same command goes on", flush=True)
+        say("stopped; the same command goes on")
         return 128 + received[0]
     return int(count["failed"] > 0 and "TORCHELASTIC_RUN_ID" not in os.environ)
 
@@ -294,7 +324,7 @@ def tabulate(runs: list[Run]) -> dict:
 
 def settings_that_differ(runs: list[Run]) -> list[str]:
     """Settings that are not the same in all finished runs, with their values."""
-    found = [read_json(run.dir / "config.json") for run in runs if run.result(run.given)]
+    found = [run.settings() for run in runs if run.result(run.given)]
     names = {name for config in found for name in config} - drama.ANYTIME - {"game", "seed"}
     values = {name: {str(config.get(name)) for config in found} for name in sorted(names)}
     return [f"{name} {', '.join(sorted(v))}" for name, v in values.items() if len(v) > 1]
@@ -304,42 +334,44 @@ def report(runs: list[Run], stem: Path) -> None:
     """Print the table; write it as CSV and JSON."""
     table = tabulate(runs)
     rows, done = table["games"], [row for row in table["games"] if row["runs"]]
-    print(f"Atari 100k: {table['steps']:,} steps, {table['episodes']} episodes a run; "
-          f"{len(table['runs'])} of {len(runs)} runs finished, {len(done)} of {len(rows)} games\n")
-    print(f"{'game':<15}{'runs':>5}{'score':>10}{'normalised':>11}"
-          + "".join(f"{name:>10}" for name in OTHERS))
+    say(f"Atari 100k: {table['steps']:,} steps, {table['episodes']} episodes a run; "
+        f"{len(table['runs'])} of {len(runs)} runs finished, {len(done)} of {len(rows)} games\n")
+    say(f"{'game':<15}{'runs':>5}{'score':>10}{'normalised':>11}"
+        + "".join(f"{name:>10}" for name in OTHERS))
     for row in rows:
         own = (f"{row['score']:10.1f}{row['human_normalised']:11.3f}" if row["runs"]
                else f"{'missing':>10}{'':>11}")
-        print(f"{row['game']:<15}{row['runs']:>5}{own}"
-              + "".join(f"{row[name]:10.1f}" for name in OTHERS))
+        say(f"{row['game']:<15}{row['runs']:>5}{own}"
+            + "".join(f"{row[name]:10.1f}" for name in OTHERS))
     if done:
-        print(f"\nhuman-normalised, {len(done)} games" + f"{'here':>13}{'':>17}"
-              + "".join(f"{who:>10}" for who in list(table["aggregates"])[1:]))
+        say(f"\nhuman-normalised, {len(done)} games" + f"{'here':>13}{'':>17}"
+            + "".join(f"{who:>10}" for who in list(table["aggregates"])[1:]))
     for name, form in AGGREGATES.items() if done else ():
         here, *others = (values[name] for values in table["aggregates"].values())
         low_high = table["intervals"].get(name)
         between = "[{:{}}, {:{}}]".format(low_high[0], form, low_high[1], form) if low_high else ""
-        print(f"{name:<26}{here:>11{form}} {between:<16}"
-              + "".join(f"{value:>10{form}}" for value in others))
+        say(f"{name:<26}{here:>11{form}} {between:<16}"
+            + "".join(f"{value:>10{form}}" for value in others))
     if table["bootstrap"]:
-        print(f"in brackets: 95% by stratified bootstrap over {len(table['runs'])} runs, "
-              f"{table['bootstrap']}")
+        say(f"in brackets: 95% by stratified bootstrap over {len(table['runs'])} runs, "
+            f"{table['bootstrap']}")
     elif done:
-        print("no intervals: they need two finished seeds of each game")
+        say("no intervals: they need two finished seeds of each game")
     for state in dict.fromkeys(run["state"] for run in table["missing"]):
         names = [f"{run['game']} seed {run['seed']}" for run in table["missing"]
                  if run["state"] == state]
-        print(f"missing, {state}: {', '.join(names)}")
+        say(f"missing, {state}: {', '.join(names)}")
     if differ := settings_that_differ(runs):
-        print(f"the finished runs differ in their settings: {'; '.join(differ)}")
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(table, indent=1))
-    with open(stem.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written: {stem.with_suffix('.csv')}, {stem.with_suffix('.json')}")
+        say(f"the finished runs differ in their settings: {'; '.join(differ)}")
+    with drama.guard(f"--table {stem}", "give it the name of a file"):
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        names = [stem.with_name(stem.name + end) for end in (".csv", ".json")]
+        names[1].write_text(json.dumps(table, indent=1))
+        with open(names[0], "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    say(f"written: {names[0]}, {names[1]}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -358,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
                         "atari100k in --folder")
     try:
         args, flags = parser.parse_known_args(argv)
-        games = list(PUBLISHED) if args.games == ["all"] else args.games
+        games = list(PUBLISHED) if args.games == ["all"] else [*dict.fromkeys(args.games)]
         for game in games:
             if game not in PUBLISHED:
                 raise drama.Refusal(f"--games {game}: not a game of Atari 100k")
@@ -376,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}"
-    print(f"suite.py: {message}", file=sys.stderr)
+    say(f"suite.py: {message}", sys.stderr)
     return 2
 
 

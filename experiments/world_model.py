@@ -33,6 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drama  # noqa: E402
+from experiments import pictures  # noqa: E402
 
 FRESH = 6000  # steps of play not trained on; a random player of Pong wins few points in them
 HELD_OUT, LENGTH, AHEAD = 16, 48, 8  # windows drawn, frames in each, steps of the drawn dream
@@ -80,6 +81,8 @@ def of_run(cfg, device, folder: Path, rows: int) -> tuple[drama.Replay, drama.Re
     if (theirs.game, theirs.image_size) != (cfg.game, cfg.image_size):
         raise drama.Refusal(f"{folder} holds {theirs.game} at {theirs.image_size} pixels, not "
                             f"{cfg.game} at {cfg.image_size}")
+    if rows and steps <= FRESH:
+        raise drama.Refusal(f"--rows: {folder} has {steps} steps, and needs more than {FRESH}")
     if rows and not 0 < rows <= steps - FRESH:
         raise drama.Refusal(f"--rows {rows}: must lie from 1 to {steps - FRESH}: {folder} has "
                             f"{steps} steps, and the last {FRESH} or more are to judge by")
@@ -206,12 +209,17 @@ def look(cfg, model, batch) -> dict[str, torch.Tensor]:
 def main() -> None:
     """Train, measure, draw."""
     own = argparse.ArgumentParser(add_help=False)
+    own.error = drama.refuse
     own.add_argument("--minutes", type=float, default=10)
     own.add_argument("--updates", type=int, default=0)
     own.add_argument("--run", type=Path)
     own.add_argument("--rows", type=int, default=0)
     own.add_argument("--picture", default="")
     own, rest = own.parse_known_args()
+    if own.minutes <= 0 or own.updates < 0 or (own.rows and not own.run):
+        drama.refuse("--minutes must be above 0, --updates 0 or more, and --rows needs --run")
+    if own.picture:
+        pictures.writable(own.picture)
     drama.keep_freed_pages()
     cfg, _ = drama.parse(["--warmup", "5000", *rest])
     torch.manual_seed(cfg.seed)
@@ -284,6 +292,8 @@ def draw(films: dict, cfg, title: str, path: str) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except drama.Refusal as error:
+    except (drama.Refusal, OSError) as error:
         drama.say(f"world_model.py: {error}", sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
