@@ -25,7 +25,7 @@ def levels(game: str) -> dict[str, float]:
 
 def writable(path) -> None:
     """OSError where no picture can be written to the path: ask before the work, not after it."""
-    if Path(path).suffix[1:] not in FigureCanvasBase.filetypes:
+    if Path(path).suffix[1:].lower() not in FigureCanvasBase.filetypes:
         raise OSError(f"{path}: name a file that ends in .png, .pdf or .svg")
     open(path, "ab").close()
 
