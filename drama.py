@@ -87,7 +87,7 @@ class Config:
                       choices=("auto", *"paper laptop gridworld tiny".split()))
     steps: int = opt(100_000, "environment steps in all; an Atari step is 4 frames", 1, 100_000_000)
     seed: int = opt(0, "seed of every random generator; with --eval, of the episodes", 0, 2**30)
-    device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
+    device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: cuda if there, else cpu")
     out: str = opt("", "run folder; empty: runs/<game>-<seed>")
     eval: int = opt(0, "play so many episodes from the checkpoint, do not train", 0, 100_000)
     checkpoint: str = opt("", "with --eval: a file of weights to play from, no run folder needed")
@@ -144,7 +144,7 @@ class Config:
     hidden_layers: int = opt(3, "actor and critic: hidden layers", 1, 16)
     gamma: float = opt(0.985, "discount of a step", 0.0, 1.0)
     lam: float = opt(0.95, "lambda of the lambda-return", 0.0, 1.0)
-    return_decay: float = opt(0.99, "moving average of the returns' 5-95% range", 0.0, 1.0)
+    return_decay: float = opt(0.99, "moving average of returns' 5-95 percentile range", 0.0, 1.0)
     return_floor: float = opt(1.0, "advantages are divided by no less than this", 1e-3, 1e6)
     slow_decay: float = opt(0.98, "moving average of the critic's weights: slow critic", 0.0, 1.0)
     actor_eps: float = opt(1e-5, "actor and critic: Adam's epsilon", 1e-12, 1.0)
@@ -406,11 +406,15 @@ def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lam:
 
 
 # ---- 5 Encoder and decoder ----------------------------------------------------------------------
-# The autoencoder. The random latent and the KL make it a variational one: see WorldModel.
+def layout(device: torch.device) -> torch.memory_format:
+    """channels_last, the faster one; not on MPS, where torch 2.13 cannot train BatchNorm in it."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
 
 def pixels(frame: Tensor) -> Tensor:
-    """(..., H, W, 3) uint8 -> (n, 3, H, W) float in 0..1, in the channels_last memory format."""
-    return frame.flatten(0, -4).permute(0, 3, 1, 2).float() / 255
+    """(..., H, W, 3) uint8 -> (n, 3, H, W) float in 0..1."""
+    x = frame.flatten(0, -4).permute(0, 3, 1, 2).float() / 255
+    return x.contiguous(memory_format=layout(x.device))
 
 
 class Encoder(nn.Sequential):
@@ -627,7 +631,7 @@ class Mamba2(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """(z_t, a_t) … -> d_t: a stem, then Mamba-2 layers with pre-norm residuals."""
+    """(z_t, a_t) .. -> d_t: a stem, then Mamba-2 layers with pre-norm residuals."""
 
     def __init__(self, cfg: Config, num_actions: int):
         super().__init__()
@@ -685,8 +689,7 @@ class WorldModel(nn.Module):
 
     def __init__(self, cfg: Config, num_actions: int):
         super().__init__()
-        self.cfg = cfg
-        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.cfg, self.encoder, self.decoder = cfg, Encoder(cfg), Decoder(cfg)
         self.posterior = nn.Linear(cfg.cnn[-1][0] * CNN_MAP**2, cfg.d_z)
         self.sequence = SequenceModel(cfg, num_actions)
         d, units, part = cfg.d_model, cfg.head_units, cfg.d_z // cfg.prior_groups
@@ -841,8 +844,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self, cfg: Config, num_actions: int):
         super().__init__()
-        self.cfg = cfg
-        d_in, hidden = cfg.d_z + cfg.d_model, cfg.hidden_layers
+        self.cfg, d_in, hidden = cfg, cfg.d_z + cfg.d_model, cfg.hidden_layers
         self.actor = mlp(d_in, cfg.actor_units, hidden, num_actions)
         self.critic = mlp(d_in, cfg.critic_units, hidden, cfg.bins, zero=True)
         # unlike DQN's target it has no part in R: a second loss holds the critic close to it
@@ -918,7 +920,7 @@ def train(cfg: Config, run: Run) -> int:
     torch.manual_seed(cfg.seed)
     env = make_env(cfg.game, 1, cfg.image_size)
     num_actions = int(env.single_action_space.n)
-    learning = WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
+    learning = WorldModel(cfg, num_actions).to(device, memory_format=layout(device))
     model = copy.deepcopy(learning).eval()  # NOTE(11): its moving average, which acts and dreams
     agent = ActorCritic(cfg, num_actions).to(device)
     model_learner, agent_learner = make_learners(cfg, learning, agent)
@@ -1267,8 +1269,8 @@ def validate(cfg: Config) -> Config:
 
 
 def choose_device(cfg: Config) -> tuple[torch.device, str]:
-    """The device asked for, or the best, and the precision: bfloat16 where the chip has it."""
-    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    """The device asked for, or cuda, or cpu; and the precision: bfloat16 where the chip has it."""
+    best = "cuda" if torch.cuda.is_available() else "cpu"  # on mps nobody has run it yet
     with guard(f"--device {cfg.device}: not on this machine", "try cpu, cuda, cuda:1 or mps"):
         x = torch.ones(512, 512, device=best if cfg.device == "auto" else cfg.device)
         x.sum().item()

@@ -1229,12 +1229,22 @@ def test_commands_of_the_readme_are_understood():
     lines = re.findall(r"^ *(python drama\.py.*)", text.replace("\\\n", " "), re.M)
     argvs = [shlex.split(line, comments=True)[2:] for line in lines]
     assert argvs, "no command in README.md"
+    helped = [f.metadata["help"] % () for f in dataclasses.fields(drama.Config)]  # no stray %
+    assert all(1 < len(text) < 80 for text in helped)
     for argv in argvs:
         if argv == ["--help"]:
             with pytest.raises(SystemExit, match="0"):
                 drama.parse(argv)
         else:
             drama.parse(argv)
+
+
+def test_the_layout_of_frames_and_the_device_that_is_chosen():
+    assert drama.layout(torch.device("mps")) == torch.contiguous_format
+    x = drama.pixels(torch.zeros(2, 3, 8, 8, 3, dtype=torch.uint8))
+    assert x.shape == (6, 3, 8, 8) and x.is_contiguous(memory_format=torch.channels_last)
+    device, _ = drama.choose_device(drama.Config())
+    assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("line, words", [
@@ -1270,7 +1280,8 @@ TINY = "--game GridWorld --preset tiny --device cpu --precision float32 --compil
 STEPS, STOPS, SIZE = 88, (61, 77), 16 * 16 * 3  # STOPS fit neither log_every nor train_every
 OUT, WHOLE = Path("run"), Path("whole")
 NEWEST, CONFIG, FRAMES = (OUT / name for name in ("checkpoint.pt", "config.json", "frames.bin"))
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin",
+                                reason="no fork here, or none that PyTorch survives")
 
 
 def interrupt():
@@ -3963,10 +3974,10 @@ def test_the_scan_is_as_exact_as_its_docstring_says(total, error):
 
 def test_the_files_install_themselves():
     folder = Path(drama.__file__).parent
-    wanted = (folder / "requirements.txt").read_text().split()
+    wanted = (folder / "requirements.txt").read_text(encoding="utf-8").split()
     for name, packages in (("drama.py", [p for p in wanted if not p.startswith("pytest")]),
                            ("test_drama.py", wanted)):
-        text = (folder / name).read_text()
+        text = (folder / name).read_text(encoding="utf-8")
         header = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", text)[1]
         python, found = re.fullmatch(r'requires-python = "(.+)"\ndependencies = (\[[^]]+\])\n',
                                      re.sub(r"(?m)^# ?", "", header)).groups()
@@ -3987,7 +3998,7 @@ def test_lines_end_as_they_may(tmp_path):
     folder = Path(drama.__file__).parent
     (tmp_path / "experiments").mkdir()
     for name in ("drama.py", "experiments/gridworld.py"):
-        source = (folder / name).read_text().replace("\n", "\r\n").encode()
+        source = (folder / name).read_text(encoding="utf-8").replace("\n", "\r\n").encode()
         (tmp_path / name).write_bytes(source)
     names = [p.name.lower() for p in folder.iterdir()]
     assert len(names) == len({*names})

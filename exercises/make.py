@@ -11,6 +11,7 @@ one list of tasks: grade.py and bugs.py read it too.
 
 import argparse
 import ast
+import contextlib
 import shutil
 import sys
 import textwrap
@@ -256,6 +257,8 @@ def write(folder: str, text: str, force: bool) -> Path:
 
 def run(program: str, body, argv: list[str] | None) -> int:
     """Call body(argv) -> exit code; what the user has to mend becomes one line."""
+    with contextlib.suppress(AttributeError):  # a redirected table on Windows has few letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return body(argv)
     except Refusal as error:

@@ -97,7 +97,7 @@ def main() -> None:
     scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # gone when the program ends
     cfg = dataclasses.replace(cfg, steps=own.rows + 1, out=scratch.name, see_first=0)
     device, precision = drama.choose_device(cfg)
-    learning = drama.WorldModel(cfg, ACTIONS).to(device, memory_format=torch.channels_last)
+    learning = drama.WorldModel(cfg, ACTIONS).to(device, memory_format=drama.layout(device))
     model = copy.deepcopy(learning).eval()
     agent = drama.ActorCritic(cfg, ACTIONS).to(device)
     player = drama.Player(cfg, model, agent, 1, device)

@@ -232,7 +232,7 @@ def main() -> None:
     starts = torch.linspace(0, fresh.size - LENGTH, HELD_OUT).long()
     batch = fresh.batch((starts[:, None] + torch.arange(LENGTH)).to(device))
     num_actions = int(max(replay.action.max(), fresh.action.max())) + 1
-    model = drama.WorldModel(cfg, num_actions).to(device, memory_format=torch.channels_last)
+    model = drama.WorldModel(cfg, num_actions).to(device, memory_format=drama.layout(device))
     average = copy.deepcopy(model).eval()
     learner, _ = drama.make_learners(cfg, model, drama.ActorCritic(cfg, num_actions).to(device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
