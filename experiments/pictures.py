@@ -27,7 +27,10 @@ def writable(path) -> None:
     """OSError where no picture can be written to the path: ask before the work, not after it."""
     if Path(path).suffix[1:].lower() not in FigureCanvasBase.filetypes:
         raise OSError(f"{path}: name a file that ends in .png, .pdf or .svg")
+    there = Path(path).exists()
     open(path, "ab").close()
+    if not there:
+        Path(path).unlink()
 
 
 def draw(folder: Path, cfg, model, replay) -> None:
