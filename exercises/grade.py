@@ -134,7 +134,7 @@ def inspect(nodes: list, modules: set[str]) -> None:
                 else None)
         if name:
             raise Failed(f"line {node.lineno} names `{name}`: no task needs it, and it may be a "
-                         "way to the original; call your own things otherwise")
+                         "way to the original; if it is your own, rename it")
 
 
 @functools.cache

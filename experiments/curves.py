@@ -62,9 +62,10 @@ def read(name: str, k: int) -> Episodes:
     with drama.guard(f"{name}: not an episodes.csv, empty or cut short", "name another file"):
         with open(name) as file:
             rows = list(csv.DictReader(file))
+        if not rows:
+            raise ValueError("no rows")
         steps, seconds, returns = (np.array([float(row[column]) for row in rows])
                                    for column in ("step", "seconds", "return"))
-        steps[0]
     k = min(k, len(returns))
     mean = np.convolve(returns, np.ones(k) / k, mode="valid")
     return Episodes(steps[k - 1:], seconds[k - 1:] / 60, mean)

@@ -206,8 +206,8 @@ def look(cfg, model, batch) -> dict[str, torch.Tensor]:
             "held still": real[:, :-AHEAD]}
 
 
-def main() -> None:
-    """Train, measure, draw."""
+def flags() -> tuple[argparse.Namespace, list[str]]:
+    """This script's own flags, looked at, and the rest, which are drama.py's."""
     own = argparse.ArgumentParser(add_help=False)
     own.error = drama.refuse
     own.add_argument("--minutes", type=float, default=10)
@@ -220,6 +220,12 @@ def main() -> None:
         drama.refuse("--minutes must be above 0, --updates 0 or more, and --rows needs --run")
     if own.picture:
         pictures.writable(own.picture)
+    return own, rest
+
+
+def main() -> None:
+    """Train, measure, draw."""
+    own, rest = flags()
     drama.keep_freed_pages()
     cfg, _ = drama.parse(["--warmup", "5000", *rest])
     torch.manual_seed(cfg.seed)
