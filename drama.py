@@ -362,7 +362,8 @@ class TwoHot(nn.Module):
 def unimix(logits: Tensor, share: float) -> Tensor:
     """log((1 - share) softmax(logits) + share / C) over the last axis, the C classes.
     No class falls below share / C: no logarithm meets a zero. The clamp is for a share of 0."""
-    mixed = (1 - share) * logits.float().softmax(-1) + share / logits.shape[-1]
+    logp = logits.float() - logits.float().logsumexp(-1, True)  # log_softmax; for few C faster
+    mixed = (1 - share) * logp.exp() + share / logits.shape[-1]
     return mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log()
 
 
@@ -540,15 +541,14 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
         to_end = (S[..., -1:] - S).exp() * (segment == segment[..., -1:])  # (b,c,h,q)
         added = ((B * to_end[..., None]).mT @ X).mT  # (b,c,h,p,n)
         # 3 from chunk to chunk: state = exp(S_q) state + added (unbind: t[:, i] is slow backward)
-        kept = S[..., -1, None, None].exp()  # (b,c,h,1,1): by a whole chunk
-        cleared, before = segment[..., -1, None, None] > 0, []  # (b,c,1,1,1)
-        for kept_c, cleared_c, added_c in zip(*(t.unbind(1) for t in (kept, cleared, added))):
-            before.append(state)
-            state = kept_c * state.masked_fill(cleared_c, 0) + added_c
+        survives = S.exp() * (segment == 0)  # (b,c,h,q): of the state before the chunk, until i
+        kept, before = survives[..., -1, None, None], []  # (b,c,h,1,1): by a whole chunk
+        for kept_c, added_c in zip(kept.unbind(1), added.unbind(1)):
+            before.append(state.mT)  # as in memory: no copy turns it
+            state = kept_c * state + added_c
         # 4 what y_i reads of the state before its chunk: exp(S_i) state C_i
         if before:
-            read = (C * S.exp()[..., None]) @ torch.stack(before, 1).mT
-            y = read.masked_fill_((segment > 0)[..., None], 0) + y
+            y = y + (C * survives[..., None]) @ torch.stack(before, 1)
         return y.transpose(2, 3).reshape(b, c * q, h, p)[:, :l], state
 
 
@@ -610,10 +610,9 @@ class Mamba2(nn.Module):
         # only. nn.Conv1d cannot stop at an episode's edge, so only its weights are used
         segment = F.pad(first.cumsum(1), (self.d_conv - 1, 0))  # (b, d_conv-1+l)
         conv = self.conv1d.bias
-        for k in range(self.d_conv):
+        for k, weight in enumerate(self.conv1d.weight[:, 0].T.contiguous()):  # dense is faster
             own = (segment[:, k:k + l] == segment[:, self.d_conv - 1:])[..., None]
-            conv = torch.addcmul(conv, torch.where(own, taps[:, k:k + l], 0),
-                                 self.conv1d.weight[:, 0, k])
+            conv = torch.addcmul(conv, taps[:, k:k + l] * own, weight)
         x, dt, A, B, C = self._inputs(conv, dt)
         y, memory = ssd_scan(x, dt, A, B, C, self.chunk_size, memory, first)
         window = taps[:, l:].masked_fill((segment[:, l:] != segment[:, -1:])[..., None], 0)
@@ -624,7 +623,7 @@ class Mamba2(nn.Module):
         window, memory = state
         gate, xBC, dt = self.in_proj(u).split(self.parts, -1)
         taps = torch.cat([window.to(xBC.dtype), xBC[:, None]], 1)  # (b, d_conv, channels)
-        conv = self.conv1d.bias + (taps * self.conv1d.weight[:, 0].T).sum(1)
+        conv = self.conv1d.bias + (taps * self.conv1d.weight[:, 0].T.contiguous()).sum(1)
         x, dt, A, B, C = self._inputs(conv, dt)
         y, memory = ssd_step(x, dt, A, B, C, memory)
         return self._output(y, x, gate), (taps[:, 1:], memory)
@@ -738,11 +737,12 @@ class WorldModel(nn.Module):
         n = z.shape[0] * z.shape[1]
         count = max(1, round(n * self.cfg.decoded))
         drawn = torch.rand(n, device=z.device).topk(count).indices  # `count` frames, none twice
-        before = torch.cat([frame[:, :1], frame[:, :-1]], 1)
-        changed = (frame != before).any(-1).flatten(0, 1)[drawn]  # (count, H, W)
+        before = torch.cat([frame[:, :1], frame[:, :-1]], 1).flatten(0, 1)[drawn]
+        frame = frame.flatten(0, 1)[drawn]  # (count, H, W, 3)
+        changed = (frame != before).any(-1)
         weight = 1 + self.cfg.moving * changed.float()
         frame_hat = self.decode(z.flatten(0, 1)[drawn])
-        error = (frame_hat - pixels(frame.flatten(0, 1)[drawn])).square().sum(1)
+        error = (frame_hat - pixels(frame)).square().sum(1)
         error = (error * weight / weight.mean()).sum((1, 2))
         return (error.new_zeros(n).index_copy(0, drawn, error) * (n / count)).view(z.shape[:2])
 
