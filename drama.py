@@ -176,7 +176,7 @@ PRESETS = {
     "paper": {},
     "laptop": dict(  # windows start at a row 1/8 as often as in paper, hence DFS's temperature
         cnn_width=32, cnn_kernel=3, first_stride=4, classes=8, d_model=256, chunk_size=16,
-        head_units=128, batch_size=8, batch_length=32, train_every=4, see_first=500, decoded=0.5,
+        head_units=128, batch_size=8, batch_length=32, train_every=4, see_first=100, decoded=0.5,
         moving=10.0, mean_frame=True, dreams=100, stored_latents=True, critic_units=256,
         hidden_layers=2, model_lr=2e-3, actor_lr=6e-4, entropy=3e-3, lr_warmup=100, horizon=10,
         return_floor=0.1, lr_fall=0.5, average=0.98, temperature=1.25, prior_groups=4),
