@@ -362,7 +362,7 @@ class TwoHot(nn.Module):
 def unimix(logits: Tensor, share: float) -> Tensor:
     """log((1 - share) softmax(logits) + share / C) over the last axis, the C classes.
     No class falls below share / C: no logarithm meets a zero. The clamp is for a share of 0."""
-    logp = logits.float() - logits.float().logsumexp(-1, True)  # log_softmax; for few C faster
+    logp = logits.float() - logits.float().logsumexp(-1, True)  # for few C faster than .softmax
     mixed = (1 - share) * logp.exp() + share / logits.shape[-1]
     return mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log()
 
@@ -541,10 +541,10 @@ def ssd_scan(x, dt, A, B, C, chunk_size: int, state=None, first=None) -> tuple[T
         to_end = (S[..., -1:] - S).exp() * (segment == segment[..., -1:])  # (b,c,h,q)
         added = ((B * to_end[..., None]).mT @ X).mT  # (b,c,h,p,n)
         # 3 from chunk to chunk: state = exp(S_q) state + added (unbind: t[:, i] is slow backward)
-        survives = S.exp() * (segment == 0)  # (b,c,h,q): of the state before the chunk, until i
+        survives = S.exp() * (segment == 0)  # (b,c,h,q): what is left at i of the state before
         kept, before = survives[..., -1, None, None], []  # (b,c,h,1,1): by a whole chunk
         for kept_c, added_c in zip(kept.unbind(1), added.unbind(1)):
-            before.append(state.mT)  # as in memory: no copy turns it
+            before.append(state.mT)  # (b,h,n,p), as it lies in memory: no copy
             state = kept_c * state + added_c
         # 4 what y_i reads of the state before its chunk: exp(S_i) state C_i
         if before:
@@ -610,7 +610,7 @@ class Mamba2(nn.Module):
         # only. nn.Conv1d cannot stop at an episode's edge, so only its weights are used
         segment = F.pad(first.cumsum(1), (self.d_conv - 1, 0))  # (b, d_conv-1+l)
         conv = self.conv1d.bias
-        for k, weight in enumerate(self.conv1d.weight[:, 0].T.contiguous()):  # dense is faster
+        for k, weight in enumerate(self.conv1d.weight[:, 0].T.contiguous()):  # faster so
             own = (segment[:, k:k + l] == segment[:, self.d_conv - 1:])[..., None]
             conv = torch.addcmul(conv, taps[:, k:k + l] * own, weight)
         x, dt, A, B, C = self._inputs(conv, dt)

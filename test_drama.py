@@ -3903,17 +3903,17 @@ def test_rewards_that_are_not_numbers_are_refused_by_name(run, capsys, monkeypat
 
 
 @pytest.mark.parametrize("chunk, opens", [(2, 5), (4, 5), (99, 0)])
-def test_a_reset_clears_whatever_was_held(chunk, opens):
-    """Of a state; not-a-number in a token itself fills the rest of its chunk."""
+def test_a_reset_clears_what_was_held(chunk, opens):
+    """However large; what is no number is cleared by `clear`, as in play, and not by the scan."""
     layer, first = scrambled(Mamba2(12, 4, 3, 2, 6, chunk)), torch.zeros(b, l, dtype=torch.bool)
     first[:, opens] = True
     u, clean = torch.randn(b, l, 12), layer.initial_state(b)
-    held = tuple(torch.full_like(s, torch.nan) for s in clean)
+    held = tuple(torch.full_like(s, 1e18) for s in clean)
     (y, after), (want, want_after) = layer(u, held, first), layer(u, clean, first)
-    assert y[:, :opens].isnan().all() and torch.equal(y[:, opens:], want[:, opens:])
+    assert (y != want)[:, :opens].any(-1).all() and torch.equal(y[:, opens:], want[:, opens:])
     assert all(map(torch.equal, after, want_after))
     rows = torch.tensor([True, False])
-    (window, memory), = drama.clear([held], rows)
+    (window, memory), = drama.clear([tuple(s * torch.nan for s in held)], rows)
     assert not window[0].any() and not memory[0].any() and memory[1].isnan().all()
 
 

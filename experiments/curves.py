@@ -9,6 +9,7 @@ run's episodes.csv. Of each run the mean of --mean episodes is taken; a group's 
 over its runs, its band reaches from the worst to the best of them. --against steps minutes adds a
 panel over the runs' own clock, which backbones.py lets count core-minutes. --flags are the runs'
 own, such as "--preset laptop": they say where dreams, and with them learning to act, begin.
+For laptop-1 to laptop-7 they need "--see-first 500", too.
 Prints for each run that mean at --minutes and at the end, and when it first passed --level.
 For GridWorld the levels are the random policy, played here for 500 episodes, and the best possible
 return; for Atari, the published random, human and Drama scores, and with --dreamerv3 what is known
