@@ -2529,7 +2529,10 @@ def test_suite_runs_what_is_unfinished_and_goes_on_after_a_failure(suite, capsys
 @pytest.mark.skipif(os.name == "nt", reason="on Windows the console signals the children")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
                          if os.name != "nt" else [])
-def test_suite_stops_its_children_and_waits_for_them(number, suite, capsys):
+def test_suite_stops_its_children_and_waits_for_them(number, suite, capsys, request):
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup the third is ignored
+    request.addfinalizer(lambda: signal.signal(number, before))
+
     def send():
         while len(list(Path("all").glob("*/metrics.csv"))) < 2:
             time.sleep(0.02)
