@@ -16,6 +16,7 @@ so that no axis passes for another. Left out: whether it learns a game in hours;
 import csv
 import dataclasses
 import errno
+import gc
 import http.client
 import importlib
 import io
@@ -37,7 +38,8 @@ import threading
 import time
 import traceback
 import warnings
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
@@ -3334,6 +3336,25 @@ def test_cheats_in_their_own_process_get_nothing(tmp_path):
     }
     for said, words in zip(processes(cases, tmp_path, 4), cases.values()):
         assert words in said, (words, said)
+
+
+def test_tasks_are_parsed_one_at_a_time(monkeypatch):
+    """In CPython 3.11 a thread that comes in while another parses, as a garbage collection may let
+    it, makes both a SystemError. Here each collection lets it."""
+    monkeypatch.setattr(grade, "Process", lambda *_: nullcontext(
+        SimpleNamespace(request=None)))
+    monkeypatch.setattr(grade.checks, "CHECKS", dict.fromkeys(range(100), lambda *_: None))
+    grade.parsed.cache_clear(), grade.remainder.cache_clear()
+    let_others_in, threshold = lambda *_: time.sleep(1e-4), gc.get_threshold()
+    gc.callbacks.append(let_others_in)
+    gc.set_threshold(200)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            verdicts = list(pool.map(lambda task: grade.judge(task, make.ORIGINAL), make.TASKS[:4]))
+    finally:
+        gc.callbacks.remove(let_others_in)
+        gc.set_threshold(*threshold)
+    assert verdicts == [("", [])] * 4
 
 
 @pytest.mark.slow

@@ -56,6 +56,7 @@ ATTRIBUTES = set("from_file fromfile memmap load loadtxt genfromtxt DataSource c
 
 
 parsed = functools.cache(ast.parse)
+one_at_a_time = threading.Lock()  # CPython 3.11: two threads in ast.parse may be a SystemError
 
 
 def read(path: Path) -> ast.Module:
@@ -302,7 +303,8 @@ def judge(task: make.Task, path: Path, seed: int = 0, limit: float = 30) -> tupl
     """Why a task fails, in one line, or "", and the last that a failing student's code printed."""
     printed = deque(maxlen=20)
     try:
-        code = parts(read(path), task)
+        with one_at_a_time:
+            code = parts(read(path), task)
         lines = path.read_bytes().decode(errors="replace").splitlines()
         with Process(code, seed, limit, lines, printed) as process:
             student = checks.Student(process.request)
