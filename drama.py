@@ -362,7 +362,8 @@ class TwoHot(nn.Module):
 def unimix(logits: Tensor, share: float) -> Tensor:
     """log((1 - share) softmax(logits) + share / C) over the last axis, the C classes.
     No class falls below share / C: no logarithm meets a zero. The clamp is for a share of 0."""
-    logp = logits.float() - logits.float().logsumexp(-1, True)  # for few C faster than .softmax
+    logits = logits.float()
+    logp = logits - logits.logsumexp(-1, True)  # as log_softmax, which is slower for few classes
     mixed = (1 - share) * logp.exp() + share / logits.shape[-1]
     return mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log()
 
@@ -610,7 +611,7 @@ class Mamba2(nn.Module):
         # only. nn.Conv1d cannot stop at an episode's edge, so only its weights are used
         segment = F.pad(first.cumsum(1), (self.d_conv - 1, 0))  # (b, d_conv-1+l)
         conv = self.conv1d.bias
-        for k, weight in enumerate(self.conv1d.weight[:, 0].T.contiguous()):  # faster so
+        for k, weight in enumerate(self.conv1d.weight[:, 0].T.contiguous()):  # a row a tap
             own = (segment[:, k:k + l] == segment[:, self.d_conv - 1:])[..., None]
             conv = torch.addcmul(conv, taps[:, k:k + l] * own, weight)
         x, dt, A, B, C = self._inputs(conv, dt)
@@ -739,8 +740,7 @@ class WorldModel(nn.Module):
         drawn = torch.rand(n, device=z.device).topk(count).indices  # `count` frames, none twice
         before = torch.cat([frame[:, :1], frame[:, :-1]], 1).flatten(0, 1)[drawn]
         frame = frame.flatten(0, 1)[drawn]  # (count, H, W, 3)
-        changed = (frame != before).any(-1)
-        weight = 1 + self.cfg.moving * changed.float()
+        weight = 1 + self.cfg.moving * (frame != before).any(-1).float()  # changed pixels
         frame_hat = self.decode(z.flatten(0, 1)[drawn])
         error = (frame_hat - pixels(frame)).square().sum(1)
         error = (error * weight / weight.mean()).sum((1, 2))

@@ -3341,10 +3341,10 @@ def test_cheats_in_their_own_process_get_nothing(tmp_path):
 def test_tasks_are_parsed_one_at_a_time(monkeypatch):
     """In CPython 3.11 a thread that comes in while another parses, as a garbage collection may let
     it, makes both a SystemError. Here each collection lets it."""
-    monkeypatch.setattr(grade, "Process", lambda *_: nullcontext(
-        SimpleNamespace(request=None)))
+    monkeypatch.setattr(grade, "Process", lambda *_: nullcontext(SimpleNamespace(request=None)))
     monkeypatch.setattr(grade.checks, "CHECKS", dict.fromkeys(range(100), lambda *_: None))
-    grade.parsed.cache_clear(), grade.remainder.cache_clear()
+    grade.parsed.cache_clear()
+    grade.remainder.cache_clear()
     let_others_in, threshold = lambda *_: time.sleep(1e-4), gc.get_threshold()
     gc.callbacks.append(let_others_in)
     gc.set_threshold(200)
